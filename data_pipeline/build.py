@@ -1,0 +1,239 @@
+"""Writing a data set: shuffled over all shards, byte-equal when repeated, never whole-looking before it is whole."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import webdataset
+
+from configs.errors import InputError
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Dataset,
+    LabelKind,
+    Row,
+    fingerprint,
+    open_dataset,
+    pack_rows,
+)
+from data_pipeline.shard import MAX_SAMPLE_BYTES, PICTURE_EXTENSIONS, pack_sidecar, sidecar_path
+
+SPLITS = ("train", "heldout")
+HELDOUT_SHARE = 0.15
+MAX_KEY = 90  # characters; the tar format stores 100 with the extension
+TEMPORARY = ".partial"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample to be written.
+
+    Args:
+        key: unique, no dot in its last part, at most 90 ASCII characters.
+        extension: jpg, jpeg, png or webp.
+        labels: indices into the vocabulary; exactly one in a data set of single labels.
+        group: pictures of one group fall into the same split (the content's hash keeps copies together).
+        load: reads the encoded bytes, when their turn comes.
+    """
+
+    key: str
+    extension: str
+    labels: tuple[int, ...]
+    group: str
+    load: Callable[[], bytes]
+
+
+def write_dataset(
+    pictures: Sequence[Picture],
+    out: str | Path,
+    vocabulary: Sequence[str],
+    label_kind: LabelKind,
+    card: Mapping[str, object],
+    shard_samples: int,
+) -> Dataset:
+    """Write `pictures` as a data set into folder `out`, the manifest last, and open it.
+
+    The order over all shards is that of the keys' hashes, and every shard of a split but the last holds
+    `shard_samples`. An unfinished build in `out` is started again.
+
+    Raises:
+        InputError: keys or labels break the rules above, a split would be empty, or `out` is in use or not ours.
+    """
+    _check(pictures, vocabulary, label_kind, shard_samples)
+    root = Path(out)
+    with _claimed(root):
+        entries = {}
+        for split in SPLITS:
+            chosen = sorted((p for p in pictures if split_of(p.group) == split), key=lambda p: _hash(p.key))
+            if not chosen:
+                raise InputError(f"{root}: {len(pictures)} pictures leave the split {split!r} empty; take more")
+            rows = list(_write_shards(root, split, chosen, label_kind, shard_samples))
+            index = pack_rows(rows)
+            _write(root / f"{split}.parquet", index)
+            entries[split] = {
+                "samples": len(chosen),
+                "shards": len(rows),
+                "index": f"{split}.parquet",
+                "sha256": hashlib.sha256(index).hexdigest(),
+                "fingerprint": fingerprint(label_kind, vocabulary, rows),
+            }
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "card": dict(card),
+            "label_kind": label_kind,
+            "vocabulary": list(vocabulary),
+            "splits": entries,
+        }
+        _write(root / MANIFEST, json.dumps(content, indent=1).encode())
+    return open_dataset(root)
+
+
+def already_built(out: str | Path, origin: Mapping[str, object]) -> Dataset | None:
+    """The data set in `out` if it is whole and its card has all of `origin`; None if there is none or a part is gone.
+
+    Args:
+        out: folder.
+        origin: entries of the data card, JSON values, that together settle what a build would write.
+
+    Raises:
+        InputError: `out` holds another data set, or something else; nothing is ever overwritten.
+    """
+    root = Path(out)
+    if not (root / MANIFEST).exists():
+        foreign = sorted(path.name for path in root.iterdir() if not _ours(path)) if root.is_dir() else []
+        if foreign or (root.exists() and not root.is_dir()):
+            raise InputError(f"{root}: holds other things ({', '.join(foreign[:3])}); choose an empty or new folder")
+        return None
+    try:
+        made_from = dict(json.loads((root / MANIFEST).read_bytes())["card"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{root / MANIFEST}: cannot be read ({error}); delete the folder or choose another") from error
+    if any(made_from.get(name) != value for name, value in origin.items()):
+        raise InputError(f"{root}: holds another data set, made from {made_from}; delete the folder or choose another")
+    try:
+        return open_dataset(root)
+    except DataError:
+        return None  # of the same origin but incomplete: the caller builds it again
+
+
+def split_of(group: str) -> str:
+    """The split of a group: held-out for about 15 % of all hashes."""
+    return "heldout" if int(_hash(group)[:8], 16) < HELDOUT_SHARE * 2**32 else "train"
+
+
+def _check(pictures: Sequence[Picture], vocabulary: Sequence[str], label_kind: LabelKind, shard_samples: int) -> None:
+    """Refuse what could be written but not read again."""
+    if shard_samples < 1:
+        raise InputError(f"samples per shard = {shard_samples}: must be at least 1; nearest valid: 1")
+    if not vocabulary or len(set(vocabulary)) != len(vocabulary):
+        raise InputError("vocabulary: must name each class once, and one at least")
+    seen: set[str] = set()
+    for picture in pictures:
+        key, last = picture.key, picture.key.rpartition("/")[2]
+        if key in seen or not last or "." in last or len(key) > MAX_KEY or not key.isascii() or not key.isprintable():
+            raise InputError(
+                f"key {key!r}: must be unique, at most {MAX_KEY} ASCII characters, no dot in its last part"
+            )
+        seen.add(key)
+        if picture.extension not in PICTURE_EXTENSIONS:
+            raise InputError(f"key {key!r}: extension {picture.extension!r}: must be one of {PICTURE_EXTENSIONS}")
+        if not all(0 <= label < len(vocabulary) for label in picture.labels):
+            raise InputError(f"key {key!r}: labels {picture.labels}: must be from 0 to {len(vocabulary) - 1}")
+        if label_kind == "single" and len(picture.labels) != 1:
+            raise InputError(f"key {key!r}: {len(picture.labels)} labels in a data set of single labels")
+
+
+@contextmanager
+def _claimed(root: Path) -> Iterator[None]:
+    """`root` made, held by this process alone, and cleared of an earlier build, its manifest first."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{root}: another process is building here; wait for it") from error
+        (root / MANIFEST).unlink(missing_ok=True)
+        os.fsync(descriptor)
+        for path in sorted(root.iterdir()):
+            if not _ours(path):
+                raise InputError(f"{root}: holds other things ({path.name}); choose an empty or new folder")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _ours(path: Path) -> bool:
+    """Whether a build made this entry of its folder."""
+    names = (*SPLITS, *(f"{split}.parquet" for split in SPLITS), MANIFEST)
+    return path.name.removesuffix(TEMPORARY) in names
+
+
+def _write_shards(root: Path, split: str, pictures: Sequence[Picture], kind: LabelKind, size: int) -> Iterator[Row]:
+    """Write one split's shards and sidecars, one after the other."""
+    (root / split).mkdir()
+    for number, first in enumerate(range(0, len(pictures), size)):
+        relative = f"{split}/shard-{number:06d}.tar"
+        chosen = pictures[first : first + size]
+        path = root / relative
+        temporary = path.with_name(path.name + TEMPORARY)
+        offsets = _write_tar(temporary, chosen, kind)
+        data = temporary.read_bytes()
+        crcs = [zlib.crc32(data[begin:end]) for begin, end in pairwise(offsets)]
+        os.replace(temporary, path)
+        _write(Path(sidecar_path(str(path))), pack_sidecar(offsets, crcs))
+        yield Row(relative, len(chosen), len(data), hashlib.sha256(data).hexdigest())
+
+
+def _write_tar(path: Path, pictures: Sequence[Picture], kind: LabelKind) -> list[int]:
+    """Write one tar, flushed to disk; returns the n + 1 byte offsets of its samples."""
+    offsets = []
+    with open(path, "wb") as file:
+        # Fixed owner and time: the same samples make the same bytes on any day and machine.
+        with webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0.0) as writer:
+            for picture in pictures:
+                offsets.append(writer.tarstream.offset)
+                data = picture.load()
+                if len(data) > MAX_SAMPLE_BYTES // 2:
+                    raise InputError(f"key {picture.key!r}: {len(data)} bytes; the limit is {MAX_SAMPLE_BYTES // 2}")
+                extension, label = "cls", b"%d" % picture.labels[0] if kind == "single" else b""
+                if kind == "multi":
+                    extension, label = "json", json.dumps({"labels": list(picture.labels)}).encode()
+                writer.write({"__key__": picture.key, picture.extension: data, extension: label})
+            offsets.append(writer.tarstream.offset)
+        file.flush()
+        os.fsync(file.fileno())
+    return offsets
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a small file under another name, flush it to disk, rename it, flush its folder."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _hash(text: str) -> str:
+    """sha256 of a text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()

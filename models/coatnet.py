@@ -1,0 +1,183 @@
+"""CoAtNet: a flat list of blocks from the stem to the head, and its initial weights.
+
+B: samples, S: sub-layers that stochastic depth may drop, K: classes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from models import drop_path as stochastic_depth
+from models.attention import Backend, RelativeAttention, relative_index
+from models.blocks import Block, Head, MBConv, Stem, Transformer
+from models.norm import BatchNorm
+from models.spec import BlockSpec, Resolution, Spec, Stride
+
+RunBlock = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
+KERNEL_STD = 0.02  # of initial kernels and bias tables (COATNET.md section 2)
+
+
+class CoAtNet(nn.Module):
+    """The network of a spec at one resolution. Parameters are named blocks.<stage>.<index>.<path>.
+
+    Attributes:
+        spec, classes: what it was built from.
+        resolution: (height, width) in pixels; the relative-bias tables belong to it.
+        drop_rates: (S,) of every sub-layer in order.
+    """
+
+    def __init__(self, spec: Spec, resolution: Resolution, classes: int, make: Callable[[BlockSpec], Block]) -> None:
+        """Put together the blocks that `make` builds; `build` is the way to call this."""
+        super().__init__()
+        self.spec, self.classes, self.resolution = spec, classes, spec.size(resolution)
+        self.blocks = nn.ModuleDict()
+        for block in spec.blocks(resolution):
+            if block.stage not in self.blocks:
+                self.blocks[block.stage] = nn.ModuleList()
+            cast(nn.ModuleList, self.blocks[block.stage]).append(make(block))
+        self.drop_rates = tuple(rate for _, block in self.flat for rate in block.drop_rates)
+
+    @property
+    def flat(self) -> list[tuple[str, Block]]:
+        """Every block with its name, in the order of the forward pass: what recomputation and a pipeline cut."""
+        return [
+            (f"blocks.{stage}.{index}", cast(Block, block))
+            for stage, blocks in self.blocks.items()
+            for index, block in enumerate(cast(nn.ModuleList, blocks))
+        ]
+
+    def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, run: RunBlock | None = None) -> Tensor:
+        """Logits (B, K) of pictures (B, 3, H, W).
+
+        Args:
+            x_BCHW: float, of the resolution the network was built for.
+            drop_SB: stochastic depth's factors (`models.drop_path.scales`) on the device; None: nothing is dropped.
+            run: calls a block as run(block, x, drop), to recompute or time it; None: plainly.
+
+        Raises:
+            ValueError: pictures or factors of another size than the network's.
+        """
+        if tuple(x_BCHW.shape[1:]) != (3, *self.resolution):
+            raise ValueError(f"{self.spec.name}: pictures {tuple(x_BCHW.shape)}, built for (B, 3, *{self.resolution})")
+        if drop_SB is not None and drop_SB.shape != (len(self.drop_rates), len(x_BCHW)):
+            raise ValueError(
+                f"{self.spec.name}: stochastic depth's factors {tuple(drop_SB.shape)}, must be "
+                f"{(len(self.drop_rates), len(x_BCHW))}"
+            )
+        x, first = x_BCHW, 0
+        for _, block in self.flat:
+            last = first + len(block.drop_rates)
+            drop = drop_SB[first:last] if drop_SB is not None and last > first else None
+            x = block(x, drop) if run is None else run(block, x, drop)
+            first = last
+        return x
+
+
+def build(
+    spec: Spec,
+    *,
+    resolution: Resolution,
+    classes: int,
+    stride: Stride | None = None,
+    drop_path: float = 0.0,
+    norm_momentum: float = 0.01,
+    attention: Backend = "auto",
+    device: torch.device | str = "meta",
+) -> CoAtNet:
+    """The network of `spec`, on the meta device unless told otherwise; `initialise` gives it its weights.
+
+    Args:
+        spec: the network as data.
+        resolution: pixels, a multiple of the total stride (32); (height, width) where not square.
+        classes: K.
+        stride: which MBConv convolution down-samples; None: the spec's own.
+        drop_path: rate of stochastic depth; block b of L drops with drop_path * b / L.
+        norm_momentum: BatchNorm's, PyTorch's sense.
+        attention: see `models.attention.attend`.
+        device: where the tensors lie.
+
+    Raises:
+        InputError: a resolution that the total stride does not divide.
+    """
+    dropped = [block.name for block in spec.blocks(resolution) if block.kind in ("mbconv", "transformer")]
+    rates = dict(zip(dropped, stochastic_depth.rates(len(dropped), drop_path), strict=True))
+
+    def make(block: BlockSpec) -> Block:
+        if block.kind == "stem":
+            return Stem(block, spec, norm_momentum)
+        if block.kind == "mbconv":
+            return MBConv(block, spec, stride or spec.stride, rates[block.name], norm_momentum)
+        if block.kind == "transformer":
+            return Transformer(block, spec, rates[block.name], attention)
+        return Head(block.width, classes)
+
+    with torch.device(device):
+        return CoAtNet(spec, resolution, classes, make)
+
+
+def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias: float = 0.0) -> None:
+    """Move `model` to `device` with fresh weights that depend on (seed, parameter name) alone.
+
+    Everything is filled with NaN first, so that a forgotten weight cannot hide.
+
+    Args:
+        model: on any device; what it held is lost.
+        seed: any integer.
+        device: where the model goes.
+        head_bias: the classifier's bias.
+
+    Raises:
+        RuntimeError: a parameter or buffer was not given a value.
+    """
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+    for name, block in model.flat:
+        initialise_block(name, block, seed, head_bias)
+    forgotten = [
+        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.isnan().any().item()
+    ]
+    if forgotten:
+        raise RuntimeError(f"initialise: no initial value for {', '.join(forgotten)}")
+
+
+@torch.no_grad()
+def initialise_block(name: str, block: Block, seed: int, head_bias: float = 0.0) -> None:
+    """Give one block its initial weights, whatever other blocks there are and wherever it lies.
+
+    Kernels and relative-bias tables are normal(0, 0.02), biases zero, norms one and zero (COATNET.md section 2).
+
+    Args:
+        name: of the block in the flat list, "blocks.s3.4".
+        block: on any device but meta.
+        seed: any integer.
+        head_bias: the classifier's bias, used if the block is the head.
+    """
+    for path, module in block.named_modules(prefix=name):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            _draw(f"{path}.weight", module.weight, seed)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm | BatchNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
+        if isinstance(module, BatchNorm):
+            module.running_mean.zero_()
+            module.running_var.fill_(1.0)
+        elif isinstance(module, RelativeAttention):
+            _draw(f"{path}.table", module.table, seed)
+            module.index.copy_(relative_index(*module.grid, device=module.index.device))
+    if isinstance(block, Head):
+        block.classifier.bias.fill_(head_bias)
+
+
+def _draw(name: str, parameter: Tensor, seed: int) -> None:
+    """Fill `parameter` with normal(0, 0.02), drawn on the CPU so that every device starts from the same values."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, KERNEL_STD, generator=generator))

@@ -1,0 +1,182 @@
+"""Parameters and multiply-adds of every block, counted from the spec alone. No torch.
+
+Counted are convolutions, linear layers, queries x keys, weights x values, squeeze-excite and the head; nothing
+element-wise (COATNET.md section 3). The paper prints multiply-adds as FLOPs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.spec import SPECS, BlockSpec, Kind, Resolution, Spec, Stride
+
+Count = tuple[int, int]  # parameters, multiply-adds of one picture
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block of the flat list, under the network's own name for it ("blocks.s3.4")."""
+
+    name: str
+    stage: str
+    parameters: int
+    multiply_adds: int  # one picture, forward pass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A whole network at one resolution, block by block in the order of the forward pass."""
+
+    blocks: tuple[BlockCost, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trained values, relative-bias tables included."""
+        return sum(block.parameters for block in self.blocks)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one picture's forward pass."""
+        return sum(block.multiply_adds for block in self.blocks)
+
+    def by_stage(self) -> dict[str, Count]:
+        """(parameters, multiply-adds) of each stage, stem first, "head" last."""
+        sums: dict[str, Count] = {}
+        for block in self.blocks:
+            parameters, multiply_adds = sums.get(block.stage, (0, 0))
+            sums[block.stage] = parameters + block.parameters, multiply_adds + block.multiply_adds
+        return sums
+
+
+def count(spec: Spec, resolution: Resolution = 224, stride: Stride | None = None, classes: int = 1000) -> Cost:
+    """The cost of `spec` for pictures of `resolution` pixels.
+
+    Args:
+        spec: the network as data.
+        resolution: pixels; (height, width) where not square.
+        stride: which MBConv convolution down-samples; None: the spec's own.
+        classes: outputs of the classifier.
+
+    Raises:
+        InputError: a resolution that the network's total stride does not divide.
+    """
+    placed = stride or spec.stride
+    blocks = []
+    for block in spec.blocks(resolution):
+        parameters, multiply_adds = _COUNTERS[block.kind](spec, block, placed, classes)
+        blocks.append(BlockCost(block.name, block.stage, parameters, multiply_adds))
+    return Cost(tuple(blocks))
+
+
+def table(resolution: Resolution = 224, stride: Stride | None = None) -> list[dict[str, str | int | float | None]]:
+    """One row for every model, for `coatnet models`.
+
+    Keys: `name, resolution, stride, parameters, multiply_adds, published_parameters, published_multiply_adds`. A
+    published figure is None where the paper has none: for multiply-adds, none at this resolution with this stride
+    (the dagger rows of CoAtNet-3 belong to the depthwise stride). The paper prints one parameter count per model
+    while the bias tables grow with resolution, so that a deviation in parameters is to be judged at 224.
+
+    Args:
+        resolution: as in `count`.
+        stride: for every row; None: each model's own.
+
+    Raises:
+        InputError: see `count`.
+    """
+    rows: list[dict[str, str | int | float | None]] = []
+    for spec in SPECS.values():
+        placed = stride or spec.stride
+        cost = count(spec, resolution, placed)
+        height, width = spec.size(resolution)
+        rows.append(
+            {
+                "name": spec.name,
+                "resolution": height if height == width else f"{height}x{width}",
+                "stride": placed,
+                "parameters": cost.parameters,
+                "multiply_adds": cost.multiply_adds,
+                "published_parameters": spec.published.parameters,
+                "published_multiply_adds": spec.published.multiply_adds_at(resolution, placed),
+            }
+        )
+    return rows
+
+
+def _sum(*counts: Count) -> Count:
+    """Counts added up."""
+    return sum(parameters for parameters, _ in counts), sum(multiply_adds for _, multiply_adds in counts)
+
+
+def _dense(width_in: int, width: int, positions: int, bias: bool = True, taps: int = 1) -> Count:
+    """A linear layer, or a convolution with `taps` weights per pair of channels, at `positions` outputs."""
+    weights = width_in * width * taps
+    return weights + (width if bias else 0), weights * positions
+
+
+def _norm(width: int) -> Count:
+    """Scale and shift."""
+    return 2 * width, 0
+
+
+def _stem(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
+    """Two convolutions with a norm between; both write the halved grid."""
+    positions, taps = block.grid[0] * block.grid[1], spec.kernel**2
+    return _sum(
+        _dense(block.width_in, block.width, positions, taps=taps),
+        _norm(block.width),
+        _dense(block.width, block.width, positions, taps=taps),
+    )
+
+
+def _shortcut(block: BlockSpec) -> Count:
+    """The identity branch: a linear map of the pooled input where the width changes."""
+    if block.width_in == block.width:
+        return 0, 0
+    return _dense(block.width_in, block.width, block.grid[0] * block.grid[1])
+
+
+def _mbconv(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
+    """Expansion, depthwise convolution, squeeze-excite, projection; the expansion runs before or after the halving."""
+    hidden, squeezed = spec.expansion * block.width, int(spec.se_ratio * block.width)
+    positions = block.grid[0] * block.grid[1]
+    expanded = positions if stride == "expansion" else block.grid_in[0] * block.grid_in[1]
+    return _sum(
+        _norm(block.width_in),
+        _dense(block.width_in, hidden, expanded, bias=False),
+        _norm(hidden),
+        _dense(1, hidden, positions, bias=False, taps=spec.kernel**2),
+        _norm(hidden),
+        _dense(hidden, squeezed, 1),
+        _dense(squeezed, hidden, 1),
+        _dense(hidden, block.width, positions),
+        _shortcut(block),
+    )
+
+
+def _transformer(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
+    """Relative attention and the feed-forward part, on the tokens left after the pool."""
+    (height, width), channels = block.grid, block.width
+    tokens, hidden = height * width, spec.expansion * block.width
+    bias_table = channels // spec.head_size * (2 * height - 1) * (2 * width - 1)
+    return _sum(
+        _norm(block.width_in),
+        _dense(block.width_in, 3 * channels, tokens),
+        (bias_table, 2 * tokens * tokens * channels),
+        _dense(channels, channels, tokens),
+        _shortcut(block),
+        _norm(channels),
+        _dense(channels, hidden, tokens),
+        _dense(hidden, channels, tokens),
+    )
+
+
+def _head(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
+    """Norm, hidden layer and classifier on the pooled features."""
+    return _sum(_norm(block.width), _dense(block.width, block.width, 1), _dense(block.width, classes, 1))
+
+
+_COUNTERS: dict[Kind, Callable[[Spec, BlockSpec, Stride, int], Count]] = {
+    "stem": _stem,
+    "mbconv": _mbconv,
+    "transformer": _transformer,
+    "head": _head,
+}

@@ -1,0 +1,138 @@
+"""Decoding: every colour mode to upright uint8 RGB, and nothing but DataError out of bad bytes."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from data_pipeline.decode import decode
+from data_pipeline.errors import DataError
+
+LIMIT = 10_000
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def saved(picture: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format=form, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def colour(pixels: torch.Tensor, y: int, x: int) -> tuple[int, ...]:
+    return tuple(pixels[:, y, x].tolist())
+
+
+def near(found: tuple[int, ...], wanted: tuple[int, ...], off: int = 3) -> bool:
+    return max(abs(a - b) for a, b in zip(found, wanted, strict=True)) <= off
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_plain_modes(form: str, mode: str) -> None:
+    pixels = decode(saved(Image.new("RGB", (20, 10), (200, 100, 50)).convert(mode), form, quality=95), LIMIT)
+    assert pixels.shape == (3, 10, 20)
+    assert pixels.dtype == torch.uint8
+    assert near(colour(pixels, 5, 5), (200, 100, 50) if mode == "RGB" else (124, 124, 124))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_lies_on_white(mode: str) -> None:
+    grey = (80, 80, 80)
+    picture = Image.new("RGBA", (8, 8), (*grey, 255))
+    picture.putpixel((3, 2), (*grey, 0))
+    picture.putpixel((4, 2), (*grey, 128))
+    pixels = decode(saved(picture.convert(mode), "PNG"), LIMIT)
+    assert colour(pixels, 0, 0) == grey
+    assert colour(pixels, 2, 3) == WHITE
+    assert near(colour(pixels, 2, 4), (167, 167, 167))
+
+
+def test_palette_with_and_without_transparency() -> None:
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([0, 0, 255, *RED])
+    picture.putpixel((3, 2), 0)
+    assert colour(decode(saved(picture, "PNG"), LIMIT), 2, 3) == (0, 0, 255)
+    clear = decode(saved(picture, "PNG", transparency=0), LIMIT)
+    assert colour(clear, 2, 3) == WHITE
+    assert colour(clear, 0, 0) == RED
+
+
+def test_one_colour_made_transparent() -> None:
+    picture = Image.new("RGB", (4, 4), RED)
+    picture.putpixel((1, 1), (1, 2, 3))
+    assert colour(decode(saved(picture, "PNG", transparency=(1, 2, 3)), LIMIT), 1, 1) == WHITE
+
+
+def test_cmyk_jpeg() -> None:
+    picture = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert near(colour(decode(saved(picture, "JPEG", quality=95), LIMIT), 8, 8), RED, off=6)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    pixels = decode(saved(Image.fromarray(values), "PNG"), LIMIT)
+    assert pixels[0].tolist() == [[0, 1, 100, 255]]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(form: str, orientation: int) -> None:
+    stored = Image.new("RGB", (32, 16), WHITE)
+    stored.paste(RED, (0, 0, 16, 8))  # the upper left quarter
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = decode(saved(stored, form, exif=exif.tobytes()), LIMIT)
+    height, width = (16, 32) if orientation < 5 else (32, 16)
+    assert pixels.shape == (3, height, width)
+    # Where the stored upper left corner is seen, for EXIF orientations 1 .. 8.
+    y, x = [(0, 0), (0, 1), (1, 1), (1, 0), (0, 0), (0, 1), (1, 1), (1, 0)][orientation - 1]
+    assert near(colour(pixels, 2 + y * (height - 5), 2 + x * (width - 5)), RED)
+    assert near(colour(pixels, 2 + (1 - y) * (height - 5), 2 + x * (width - 5)), WHITE)
+
+
+def test_broken_exif_does_not_lose_the_picture() -> None:
+    data = saved(Image.new("RGB", (16, 16), RED), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert near(colour(decode(data, LIMIT), 8, 8), RED)
+
+
+def test_embedded_profile_is_ignored() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert decode(saved(Image.new("RGB", (9, 9), RED), "PNG", icc_profile=profile), LIMIT).shape == (3, 9, 9)
+
+
+def test_too_many_pixels_are_refused_before_decoding() -> None:
+    data = saved(Image.new("L", (101, 100)), "PNG")
+    with pytest.raises(DataError, match=r"101 x 100 pixels: the limit is data.max_pixels = 10000"):
+        decode(data, LIMIT)
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"P6 1 1 255 abc"])
+def test_garbage_is_a_data_error_with_a_reason(data: bytes) -> None:
+    with pytest.raises(DataError, match="cannot be decoded: .+"):
+        decode(data, LIMIT)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_truncated_file_is_refused(form: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    data = saved(noise, form)
+    with pytest.raises(DataError):
+        decode(data[: len(data) // 2], LIMIT)
+
+
+@given(form=st.sampled_from(["JPEG", "PNG", "WEBP"]), cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 255)), max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_damaged_files_give_pixels_or_a_data_error(form: str, cut: int, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(saved(Image.linear_gradient("L").resize((24, 24)).convert("RGB"), form))
+    for place, change in flips:
+        data[place % len(data)] ^= change
+    try:
+        pixels = decode(bytes(data[: len(data) - cut % len(data)]), LIMIT)
+    except DataError:
+        return
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape[0] == 3

@@ -1,0 +1,303 @@
+"""A run's state on disk: plain safetensors and JSON, atomic, verified before use. No pickle.
+
+    checkpoints/step-00001234/
+      rank-00000.safetensors  1-D fp32 "value", "exp_avg", "exp_avg_sq": this rank's fragments, end to end
+      rank-00000.json         their intervals: [[parameter name, offset in it, length], ...], in the same order
+      buffers.safetensors     BatchNorm's running statistics, by name
+      state.json              step, cursor of the data, ledger, configuration
+      manifest.json           bytes and sha256 of every file above
+      COMPLETE                sha256 of manifest.json; written last, a folder without it does not count
+
+Fragments are loaded by intersecting intervals, so the files do not depend on how many ranks read them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs.errors import InputError
+from trainer.cluster import Member
+from trainer.deepspeed_shims import Fragment
+
+FORMAT = 1
+KINDS = ("value", "exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be written or used; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint: where it is and its small state."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates made when it was saved."""
+        return int(self.state["step"])
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` updates."""
+    return root / f"step-{step:08d}"
+
+
+def save(root: Path, step: int, state: dict[str, Any], fragments: list[Fragment], model: nn.Module,
+         member: Member) -> Path:  # fmt: skip
+    """Write one checkpoint, all ranks together; on any rank's failure nothing is left and all ranks know why.
+
+    Raises:
+        CheckpointError: some rank could not write; older checkpoints are untouched.
+    """
+    final = step_folder(root, step)
+    aside = final.with_suffix(".partial")
+    failure = ""
+    if member.first:
+        failure = _attempt(lambda: _fresh(root, aside))
+    _agree(failure, member, aside)
+    report: dict[str, list[Any]] = {}
+    failure = _attempt(lambda: report.update(_write_files(aside, state, fragments, model, member)))
+    reports = _agree(failure, member, aside, report)
+    if member.first:
+        files = {name: facts for part in reports for name, facts in part.items()}
+        failure = _attempt(lambda: _complete(aside, final, files))
+    _agree(failure, member, aside)
+    return final
+
+
+def newest(root: Path, member: Member, say: Any = print) -> Saved | None:
+    """The newest checkpoint whose every file verifies on some rank, all ranks agreeing; None if there is none.
+
+    What is passed over, and why, goes to `say` on the first rank.
+    """
+    names = [[path.name for path in sorted(root.glob("step-????????"), reverse=True)]]
+    dist.broadcast_object_list(names, src=0, group=member.control)  # one list for all, whatever each disk shows
+    for path in [root / name for name in names[0]]:
+        files = _manifest_files(path)
+        if isinstance(files, str):
+            problem = files
+        else:
+            mine = sorted(files)[member.rank :: member.world]
+            problem = next((bad for name in mine if (bad := _verify(path / name, *files[name]))), "")
+        problems: list[str] = [""] * member.world
+        dist.all_gather_object(problems, problem, group=member.control)
+        found = next((text for text in problems if text), "")
+        if not found:
+            return Saved(path, json.loads((path / "state.json").read_text()))
+        if member.first:
+            say(f"passed over {path}: {found}")
+    return None
+
+
+def restore(saved: Saved, fragments: list[Fragment], model: nn.Module) -> None:
+    """Fill this rank's fragments and the model's buffers from a checkpoint of any number of ranks.
+
+    Raises:
+        CheckpointError: a parameter or buffer is missing or of another size.
+    """
+    sources = _Sources(saved.path)
+    for fragment in fragments:
+        targets = {"value": fragment.value, **fragment.moments}
+        for kind in KINDS:
+            sources.fill(kind, fragment.name, fragment.offset, targets[kind])
+    load_buffers(saved.path, model)
+
+
+def load_parameters(saved: Saved, model: nn.Module) -> None:
+    """Fill a whole model's parameters and buffers, for evaluation and export; no optimizer, no process group."""
+    sources = _Sources(saved.path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = torch.empty(parameter.numel(), dtype=torch.float32)
+            sources.fill("value", name, 0, flat)
+            parameter.copy_(flat.view_as(parameter))
+    load_buffers(saved.path, model)
+
+
+def load_buffers(path: Path, model: nn.Module) -> None:
+    """Fill the model's buffers from `buffers.safetensors`."""
+    wanted = dict(_kept_buffers(model))
+    with safe_open(path / "buffers.safetensors", framework="pt") as stored:
+        names = set(stored.keys())
+        if names != set(wanted):
+            odd = sorted(names ^ set(wanted))[:3]
+            raise CheckpointError(f"{path / 'buffers.safetensors'}: belongs to another model; differs in {odd}")
+        for name, buffer in wanted.items():
+            buffer.copy_(stored.get_tensor(name))
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints, and what interrupted saves left behind."""
+    complete = [path for path in sorted(root.glob("step-????????")) if (path / "COMPLETE").exists()]
+    for path in complete[:-keep]:
+        (path / "COMPLETE").unlink()  # first, so that a half-deleted folder never counts
+        shutil.rmtree(path)
+    for path in root.glob("step-*.partial"):
+        shutil.rmtree(path)
+
+
+class _Sources:
+    """The fragments of a checkpoint, found by parameter name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parts: dict[str, list[tuple[int, int, int, Path]]] = {}  # name: (offset, length, place, file)
+        for index in sorted(path.glob("rank-*.json")):
+            place = 0
+            for name, offset, length in json.loads(index.read_text()):
+                self._parts.setdefault(name, []).append((offset, length, place, index.with_suffix(".safetensors")))
+                place += length
+        self._open: dict[Path, Any] = {}
+
+    def fill(self, kind: str, name: str, offset: int, target: Tensor) -> None:
+        """Copy elements [offset, offset + len(target)) of a parameter's `kind` into `target` (1-D)."""
+        end, filled = offset + target.numel(), 0
+        for start, length, place, file in self._parts.get(name, []):
+            low, high = max(offset, start), min(end, start + length)
+            if low < high:
+                if file not in self._open:
+                    self._open[file] = safe_open(file, framework="pt")
+                stored = self._open[file].get_slice(kind)
+                target[low - offset : high - offset].copy_(stored[place + low - start : place + high - start])
+                filled += high - low
+        if filled != target.numel():
+            raise CheckpointError(
+                f"{self.path}: holds {filled} of the {target.numel()} elements of {name} ({kind}) from {offset} on; "
+                f"it belongs to another model"
+            )
+
+
+def _kept_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that are state (BatchNorm's), not what can be computed again."""
+    names = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in names]
+
+
+def _attempt(work: Any) -> str:
+    """Do `work`; the reason if the disk or the system refused."""
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _agree(failure: str, member: Member, aside: Path, report: Any = None) -> list[Any]:
+    """Exchange failures and reports; if any rank failed, all raise and the partial folder is removed."""
+    answers: list[Any] = [None] * member.world
+    dist.all_gather_object(answers, (failure, report), group=member.control)
+    bad = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+    if bad:
+        if member.first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"could not save {aside}: {'; '.join(bad)}. Older checkpoints are untouched")
+    return [part for _, part in answers]
+
+
+def _fresh(root: Path, aside: Path) -> None:
+    """An empty folder to write into."""
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+
+
+def _write_files(aside: Path, state: dict[str, Any], fragments: list[Fragment], model: nn.Module,
+                 member: Member) -> dict[str, list[Any]]:  # fmt: skip
+    """Write this rank's files; returns {name: [bytes, sha256]}."""
+    stem = f"rank-{member.rank:05d}"
+    tensors = {
+        kind: torch.cat([_of_kind(fragment, kind).detach().cpu() for fragment in fragments])
+        if fragments
+        else torch.empty(0)
+        for kind in KINDS
+    }
+    save_file(tensors, aside / f"{stem}.safetensors")
+    intervals = [[part.name, part.offset, part.value.numel()] for part in fragments]
+    (aside / f"{stem}.json").write_text(json.dumps(intervals))
+    names = [f"{stem}.safetensors", f"{stem}.json"]
+    if member.first:
+        buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in _kept_buffers(model)}
+        save_file(buffers, aside / "buffers.safetensors")
+        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        names += ["buffers.safetensors", "state.json"]
+    return {name: _sync_and_measure(aside / name) for name in names}
+
+
+def _of_kind(fragment: Fragment, kind: str) -> Tensor:
+    return fragment.value if kind == "value" else fragment.moments[kind]
+
+
+def _complete(aside: Path, final: Path, files: dict[str, list[Any]]) -> None:
+    """Write the manifest, give the folder its name, then mark it complete."""
+    manifest = aside / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
+    _sync_and_measure(manifest)
+    _sync(aside)
+    shutil.rmtree(final, ignore_errors=True)  # an older, incomplete save of the same step
+    os.replace(aside, final)
+    _sync(final.parent)
+    mark = final / "COMPLETE.tmp"
+    mark.write_text(hashlib.sha256((final / "manifest.json").read_bytes()).hexdigest())
+    _sync(mark)
+    os.replace(mark, final / "COMPLETE")
+    _sync(final)
+
+
+def _sync_and_measure(path: Path) -> list[Any]:
+    """Force a file to disk; returns [bytes, sha256]."""
+    _sync(path)
+    return [path.stat().st_size, _sha256(path)]
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_files(path: Path) -> dict[str, tuple[int, str]] | str:
+    """The files that the manifest lists, or what is wrong with it."""
+    try:
+        text = (path / "manifest.json").read_bytes()
+        if (path / "COMPLETE").read_text() != hashlib.sha256(text).hexdigest():
+            return "manifest.json is not the one that COMPLETE names"
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            return f"format {content['format']}, this program reads {FORMAT}"
+        files = {Path(name).name: (int(size), str(sha)) for name, (size, sha) in content["files"].items()}
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing: the save was interrupted"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
+    return files
+
+
+def _verify(path: Path, size: int, sha256: str) -> str:
+    """What is wrong with one file, or nothing."""
+    try:
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes, {size} were written"
+        return "" if _sha256(path) == sha256 else f"{path.name} does not have the bytes that were written (sha256)"
+    except OSError as error:
+        return f"{path.name}: {error}"

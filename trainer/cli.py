@@ -1,0 +1,146 @@
+"""The command `coatnet`: finds the command by its first word and maps faults to exit codes. Never imports torch.
+
+Exit codes: 0 done; 75 stopped on request and saved; 76 configuration or data error, do not retry; 77 diverged;
+130 interrupted before anything was saved; 141 nobody reads the output any more; anything else is a crash.
+"""
+
+import importlib
+import importlib.util
+import os
+import select
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import InputError, unknown
+
+BAD_INPUT = 76
+CLOSED_PIPE = 141  # the shell's code for a program that wrote to a pipe without a reader
+INTERRUPTED = 130  # the shell's own code for a program that Ctrl-C ended
+ROOMS = ("configs", "models", "data_pipeline", "slurm", "trainer")
+
+
+class Command(NamedTuple):
+    """One first word of the command line and the function `(argv) -> exit code` behind it."""
+
+    module: str
+    function: str
+    usage: str
+    purpose: str
+
+
+COMMANDS = {
+    "models": Command(
+        "trainer.cli_config",
+        "models_command",
+        "[--resolution 224|384|512] [--stride expansion|depthwise] [--json]",
+        "every model's size beside the paper's",
+    ),
+    "config": Command(
+        "trainer.cli_config",
+        "config_command",
+        "list | show RECIPE [--FIELD VALUE ...] | diff A B   [--json]",
+        "recipes, resolved settings, differences",
+    ),
+    "train": Command("trainer.cli_train", "train_command", "RECIPE [--FIELD VALUE ...]", "train, or continue, a run"),
+    "eval": Command("trainer.cli_train", "eval_command", "RUN", "score a run's checkpoint on the held-out split"),
+    "data": Command(
+        "trainer.cli_data", "data_command", "demo --out DIR | verify DIR", "make shards of real pictures; check shards"
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `coatnet`; None takes the process's own.
+
+    Returns:
+        The exit code. An InputError becomes one message on stderr and 76; other exceptions propagate (a crash).
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        _check_rooms()
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(f"coatnet: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("coatnet: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it ends
+        return CLOSED_PIPE
+
+
+def _dispatch(words: list[str]) -> int:
+    """Answer --help and --version, or import and call the command that the first word names."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"coatnet {_version()}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        raise unknown("command", words[0], COMMANDS)
+    function: Callable[[list[str]], int] = getattr(importlib.import_module(command.module), command.function)
+    return function(words[1:])
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+    return bool(poll.poll(0))
+
+
+def _help() -> str:
+    """The table of commands."""
+    lines = ["coatnet: train CoAtNet-0..7 on large sets of pictures", ""]
+    for word, command in COMMANDS.items():
+        lines += [f"  coatnet {word} {command.usage}", f"      {command.purpose}"]
+    lines += [
+        "",
+        "RECIPE is a name of `coatnet config list`, or a function in a file: ./mine.py:recipe",
+        "FIELD is any setting of `coatnet config show RECIPE`, e.g. --optim.lr 8e-4 --augment.no-flip",
+    ]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    """The installed package's version."""
+    try:
+        return version("coatnet")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _check_rooms() -> None:
+    """Refuse to start when another package shadows one of ours: the rooms must lie beside each other.
+
+    Raises:
+        InputError: naming the room, where it was found, and where it should be.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for room in ROOMS:
+        spec = importlib.util.find_spec(room)
+        found = Path(spec.origin).resolve().parent if spec is not None and spec.origin is not None else None
+        if found != home / room:
+            where = f"found at {found}" if found is not None else "not found as a package"
+            raise InputError(
+                f"package {room!r} must lie in {home}, beside this command, but is {where}: another folder or package "
+                "of that name comes first on the import path, or the installation is damaged; start elsewhere, or mend "
+                "PYTHONPATH"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

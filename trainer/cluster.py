@@ -1,0 +1,111 @@
+"""The process group of a run, the device of this rank, and what the device can do at best."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configs.schema import Run
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, longest match first; vendors' data sheets. COATNET.md 5.
+PEAKS: dict[str, float] = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """This process among those of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup  # gloo, for flags and reports: never queued behind the device's work
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what only one may write."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """What the device calls itself."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
+    def peak(self) -> float | None:
+        """Dense bf16 FLOP/s of the device, None where unknown (MFU is then not reported)."""
+        return peak_of(self.device_name)
+
+
+def peak_of(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a device name, None if it is not in the table."""
+    matches = [key for key in PEAKS if key in name]
+    return PEAKS[max(matches, key=len)] if matches else None
+
+
+def device_kind(run: Run) -> str:
+    """`cpu` or `cuda`: the run's wish, or what this machine has."""
+    if run.cluster.device != "auto":
+        return run.cluster.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def local_ranks(run: Run) -> int:
+    """Processes to start on this machine: the run's wish, else one per GPU, else two."""
+    if run.cluster.ranks:
+        return run.cluster.ranks
+    return torch.cuda.device_count() if device_kind(run) == "cuda" else 2
+
+
+def join(run: Run) -> Member:
+    """Enter the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    kind = device_kind(run)
+    os.environ["DS_ACCELERATOR"] = kind  # before DeepSpeed is imported: it would look for GPUs
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not run.precision.deterministic
+        torch.backends.cudnn.benchmark = not run.precision.deterministic
+    if run.precision.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    patience = timedelta(seconds=run.cluster.timeout)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
+    control = dist.new_group(backend="gloo", timeout=patience)
+    assert isinstance(control, dist.ProcessGroup)
+    return Member(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+
+
+def team_group(member: Member, team: int) -> dist.ProcessGroup | None:
+    """The group of `team` consecutive ranks that share BatchNorm statistics; None when a rank is alone."""
+    if team == 1:
+        return None
+    mine: dist.ProcessGroup | None = None
+    for first in range(0, member.world, team):
+        group = dist.new_group(list(range(first, first + team)))
+        if first <= member.rank < first + team:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = group
+    return mine
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,58 @@
+"""Scores a run's newest checkpoint, one process per device: `python -m trainer.evaluate_run RUN`.
+
+No optimizer and no partitioning: each rank holds the whole network.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from configs import resolve
+from configs.errors import InputError
+from data_pipeline.manifest import open_dataset
+from data_pipeline.stream import heldout_loader
+from trainer import checkpoint, cluster, network
+from trainer.evaluate import evaluate
+
+
+def evaluate_run(folder: Path) -> dict[str, float]:
+    """Evaluate the newest verified checkpoint of `folder` and write `evaluation.json` there.
+
+    Raises:
+        InputError: the folder has no checkpoint that verifies, or the data do not belong to it.
+    """
+    run = resolve.from_json((folder / "run.json").read_text())
+    member = cluster.join(run)
+    saved = checkpoint.newest(folder / "checkpoints", member)
+    if saved is None:
+        raise InputError(f"{folder}/checkpoints: no checkpoint that verifies; `coatnet train` writes them")
+    dataset = open_dataset(run.data.path)
+    if list(dataset.vocabulary) != saved.state["vocabulary"]:
+        raise InputError(f"{run.data.path}: has other classes than the data {folder} was trained on")
+    model = network.bare(run, dataset.classes, member.device)
+    checkpoint.load_parameters(saved, model)
+    model.eval()
+    batches = heldout_loader(dataset, "heldout", run, member.rank, member.world)
+    autocast = torch.autocast(member.device.type, torch.bfloat16, enabled=run.precision.dtype == "bf16")
+    with torch.no_grad(), autocast:
+        scores = {"step": float(saved.step), **evaluate(model, batches, run, dataset.classes, member)}
+    if member.first:
+        (folder / "evaluation.json").write_text(json.dumps({**scores, "step": saved.step}, indent=2))
+    cluster.leave()
+    return scores
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate as one rank."""
+    try:
+        evaluate_run(Path(arguments[0]))
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 76
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""Parameter groups, AdamW and the learning-rate schedules of the paper's table 10."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema import Optim
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: kernels with weight decay; biases, norms and relative-bias tables without (COATNET.md section 2).
+
+    Kernels are the parameters of two or four dimensions; relative-bias tables have three. Each group carries `name`
+    and `names` beside `params`.
+    """
+    decayed = [(name, parameter) for name, parameter in named]
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    for name, parameter in decayed:
+        # Under ZeRO-3 construction a parameter's own shape is empty; DeepSpeed keeps the true one aside.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        groups["decay" if len(shape) in (2, 4) else "no_decay"].append((name, parameter))
+    return [
+        {
+            "name": kind,
+            "names": [name for name, _ in members],
+            "params": [parameter for _, parameter in members],
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+        }
+        for kind, members in groups.items()
+    ]
+
+
+def adamw(groups: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over `groups`; torch's fused kernel, so that nothing is compiled at start."""
+    bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(bare, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+def learning_rate(optim: Optim, step: int, steps: int, warmup: int) -> float:
+    """The learning rate of the update number `step` (0-based) out of `steps`.
+
+    Linear warm-up over `warmup` updates to `optim.lr`, then the cosine, the line or the constant of
+    `optim.schedule` down to `optim.min_lr`, reached at the last update.
+    """
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
+    return optim.min_lr + (optim.lr - optim.min_lr) * share
