@@ -94,7 +94,7 @@ class Augment:
     randaugment_layers: int = 0  # operations per picture; 0 is none
     randaugment_magnitude: float = 0.0  # 0..30, the paper's second number
     mixup_alpha: float = 0.0  # Beta(alpha, alpha); 0 is none
-    cutmix_alpha: float = 0.0  # Beta(alpha, alpha); 0 is none; with mixup too, each batch group takes one at random
+    cutmix_alpha: float = 0.0  # Beta(alpha, alpha); 0 is none; with mixup too, each pair takes one of both
     eval_crop: float = 0.875  # share of the short side that evaluation keeps; 1 is the whole
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted, on a 0..1 scale, RGB
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

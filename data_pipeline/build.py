@@ -203,7 +203,7 @@ def _write_tar(path: Path, pictures: Sequence[Picture], kind: LabelKind) -> list
     offsets = []
     with open(path, "wb") as file:
         # Fixed owner and time: the same samples make the same bytes on any day and machine.
-        with webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0.0) as writer:
+        with webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
             for picture in pictures:
                 offsets.append(writer.tarstream.offset)
                 data = picture.load()

@@ -98,6 +98,8 @@ def folder(source: str | Path, out: str | Path, skip_unreadable: bool = False) -
     Raises:
         InputError: no such folder, no images, files that are no images, or `out` holds something else.
     """
+    if not str(source):
+        raise InputError("--source folder: no folder given; name one that holds a subfolder of images per class")
     files = _listing(Path(source))
     listing = hashlib.sha256()
     for file in files:
@@ -155,8 +157,8 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
 def _listing(source: Path) -> list[_File]:
     """All files below the class folders of `source`, in order of their names. Hidden ones are left out."""
-    if not str(source) or not source.is_dir():
-        raise InputError(f"source {str(source)!r}: no such folder")
+    if not source.is_dir():
+        raise InputError(f"--source folder {source}: no such folder")
     files: list[_File] = []
     others: list[_File] = []
     for label in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):

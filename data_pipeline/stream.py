@@ -5,7 +5,10 @@ neither on their number nor on the number of ranks. They keep no state: the curs
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, cast
@@ -196,7 +199,20 @@ def _start_worker(worker: int) -> None:
     """In a new worker: stopping is the parent's affair, and one core is what a worker is meant to use."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """In a worker's own thread: exit when the process that reads its batches is gone, however it went.
+
+    torch's check compares the parent's process id. Under forkserver that is the server, which in turn lives until the
+    last of its workers is gone, so that after a kill -9 of the rank they would keep each other alive for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _label_tensor(labels: Sequence[tuple[int, ...]], multi: bool) -> torch.Tensor:

@@ -33,7 +33,8 @@ def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor, bac
         k_BHND: keys.
         v_BHND: values.
         bias_HNN: added to the logits, one for all samples.
-        backend: "explicit" writes the matrix of weights, with a float32 softmax; "sdpa" calls torch's fused kernels;
+        backend: "explicit" writes the matrix of weights, with a float32 softmax; "sdpa" calls torch's fused kernels,
+            which want the bias in the dtype of `q_BHND`;
             "auto" is explicit, except on CUDA. On a CPU a bias that is trained keeps SDPA off its fused kernel.
 
     Returns:

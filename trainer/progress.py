@@ -13,7 +13,7 @@ class ProgressLine:
 
     def __init__(self, name: str, steps: int, shown: bool) -> None:
         self._shown, self._name, self._steps = shown, name, steps
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._first, self._started = 0, time.perf_counter()
         self._live: Progress | None = None
         self._task = TaskID(0)

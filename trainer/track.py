@@ -70,7 +70,9 @@ class MlflowProcess:
 
 def tracking_uri(run: Run) -> str:
     """The run's wish, else MLFLOW_TRACKING_URI, else SQLite beside the runs."""
-    return run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run.runs).resolve()}/mlflow.db"
+    return (
+        run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run.runs).resolve()}/mlflow.db"
+    )
 
 
 def run_folder(run: Run) -> Path:

@@ -1,6 +1,5 @@
-"""The road of a run, in the order it is walked. One process per device runs this; `trainer/launch.py` starts them.
-
-    python -m trainer.train runs/NAME/run.json
+"""The road of a run, in the order it is walked. One process per device runs this; `trainer/launch.py` starts them
+as `python -m trainer.train runs/NAME/run.json`.
 """
 
 import json
@@ -125,9 +124,7 @@ def open_order(run: Run, split: Split, saved: checkpoint.Saved | None) -> Order:
                 f"{run.data.global_batch}; take the batch the run began with"
             )
         return order
-    return Order(
-        split.counts, seed=run.seed, block=run.data.global_batch, lanes=run.data.lanes, piece=run.data.piece
-    )
+    return Order(split.counts, seed=run.seed, block=run.data.global_batch, lanes=run.data.lanes, piece=run.data.piece)
 
 
 def announce(session: Session, plan: Layout) -> None:
@@ -169,10 +166,10 @@ def loop(session: Session, stop: StopFlag) -> int:
         session.step += 1
         session.ledger.images += run.data.global_batch
         session.meter.step(result.loss, result.waited)
-        if session.step % run.tracking.log_every == 0 or session.step == session.steps:
-            if not log_line(session, rate, float(result.grad_norm)):
-                code = DIVERGED
-                break
+        due = session.step % run.tracking.log_every == 0 or session.step == session.steps
+        if due and not log_line(session, rate, float(result.grad_norm)):
+            code = DIVERGED
+            break
         stopping = stop.agreed(member)
         if stopping or session.step % run.checkpoint.every == 0 or session.step == session.steps:
             save(session)
@@ -232,7 +229,8 @@ def save(session: Session) -> None:
         "versions": environment.versions(),
     }
     root = session.folder / "checkpoints"
-    checkpoint.save(root, session.step, state, session.engine.fragments(owned=True), session.engine.model, session.member)
+    engine = session.engine
+    checkpoint.save(root, session.step, state, engine.fragments(owned=True), engine.model, session.member)
     if session.member.first:
         checkpoint.prune(root, run.checkpoint.keep)
         session.event("save", seconds=time.perf_counter() - began)

@@ -66,7 +66,7 @@ def stepper(model: nn.Module, batch: int) -> Callable[[], float]:
         for _ in range(STEPS):
             with torch.autocast("cuda", torch.bfloat16):
                 loss = nn.functional.cross_entropy(model(images).float(), labels)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
@@ -103,8 +103,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device on this machine; nothing was checked")
         return 0
-    tests = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-rs", "-m", "gpu", str(ROOT / "tests/gpu")]
-    code = subprocess.run(tests, cwd=ROOT, check=False).returncode
+    tests = ["-m", "pytest", "--import-mode=importlib", "-q", "-rs", "-m", "gpu", str(ROOT / "tests/gpu")]
+    code = subprocess.run([sys.executable, *tests], cwd=ROOT, check=False).returncode
     samples: dict[str, list[float]] = {}
     summary: dict[str, Any] = {"tests": "passed" if code == 0 else f"failed ({code})"}
     for name, batch in MODELS.items():
@@ -116,7 +116,7 @@ def main() -> int:
         name="gpu-check",
         command="make gpu-check",
         facts=environment.facts(torch.cuda.get_device_name()),
-        config={"resolution": 224, "precision": "bf16 autocast", "channels_last": True, "batch": MODELS, "steps": STEPS},
+        config={"resolution": 224, "precision": "bf16 autocast", "batch": MODELS, "steps": STEPS},
         unit="seconds per step",
         samples=samples,
         summary=summary,

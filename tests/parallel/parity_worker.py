@@ -60,14 +60,15 @@ def plain(case: dict[str, Any]) -> dict[str, Any]:
     run = run_of(case)
     model = network.bare(run, CLASSES, torch.device("cpu"))
     norm.configure(model, group=GROUP)
-    optimizer = adamw(parameter_groups(model.named_parameters(), run.optim.weight_decay), run.optim, torch.device("cpu"))
+    groups = parameter_groups(model.named_parameters(), run.optim.weight_decay)
+    optimizer = adamw(groups, run.optim, torch.device("cpu"))
     losses, norms = [], []
     for step in range(STEPS):
         images, wanted, seeds = global_batch(step)
         optimizer.zero_grad()
         logits = model(images, drop_path.scales(seeds, model.drop_rates) if run.model.drop_path else None)
         loss = loss_function("softmax")(logits, wanted)
-        loss.backward()
+        torch.autograd.backward(loss)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm)))
         optimizer.step()
         norm.commit(model)

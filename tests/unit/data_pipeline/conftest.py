@@ -25,6 +25,7 @@ def encoded(number: int) -> bytes:
 
 
 def picture(number: int, labels: tuple[int, ...] | None = None) -> Picture:
+    """Number `number` of the data set, with one label unless others are given."""
     key = f"class/picture-{number}"
     extension = "jpg" if number % 3 == 0 else "png"
     return Picture(key, extension, labels if labels is not None else (number % 3,), key, partial(encoded, number))
@@ -36,6 +37,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     pictures = [picture(number) for number in range(70)]
     out = tmp_path_factory.mktemp("data") / "set"
     return write_dataset(pictures, out, ["a", "b", "c"], "single", {"source": "test"}, 6)
+
+
+@pytest.fixture
+def picture_of() -> Callable[..., Picture]:
+    """The pictures the data set was made from, by number."""
+    return picture
 
 
 @pytest.fixture

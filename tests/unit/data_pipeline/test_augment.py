@@ -60,15 +60,14 @@ def test_whole_picture_and_flip() -> None:
 
 
 def test_crops_cover_the_stated_share_of_the_area() -> None:
-    image = torch.arange(100 * 100, dtype=torch.int32).reshape(1, 100, 100)
     columns = torch.zeros(3, 100, 100, dtype=torch.uint8)
     columns[:] = torch.arange(100, dtype=torch.uint8)
     spans = []
     for seed in range(60):
         view = train_view(columns, 64, Augment(crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0), flip=False), seed)
         spans.append(int(view.max()) - int(view.min()))
-    assert image.numel() == 10_000
-    assert min(spans) >= 47 and max(spans) <= 51  # a quarter of the area is half the side
+    assert min(spans) >= 47  # a quarter of the area is half the side
+    assert max(spans) <= 51
 
 
 def test_evaluation_keeps_the_stated_centre() -> None:
@@ -78,7 +77,8 @@ def test_evaluation_keeps_the_stated_centre() -> None:
     assert abs(int(view[0, 16, 0]) - 84) <= 2  # 32 of 64 columns around the middle, 100
     assert abs(int(view[0, 16, -1]) - 115) <= 2
     whole = eval_view(ramp, 32, Augment(crop="resize"))
-    assert int(whole[0, 0, 0]) < 10 and int(whole[0, 0, -1]) > 190
+    assert int(whole[0, 0, 0]) < 10
+    assert int(whole[0, 0, -1]) > 190
 
 
 def test_a_line_of_pixels_does_not_explode() -> None:
@@ -106,16 +106,16 @@ def test_magnitude_zero_changes_nothing(name: str) -> None:
 
 def test_operations_at_known_values() -> None:
     image = torch.full((3, 24, 24), 200, dtype=torch.uint8)
-    assert OPERATIONS["posterize"](image, 1.0).unique().tolist() == [192]  # 4 bits left
-    assert OPERATIONS["solarize"](image, -0.5).unique().tolist() == [55]  # inverted above 127.5
-    assert OPERATIONS["brightness"](image, -1.0).unique().tolist() == [20]
+    assert set(OPERATIONS["posterize"](image, 1.0).flatten().tolist()) == {192}  # 4 bits left
+    assert set(OPERATIONS["solarize"](image, -0.5).flatten().tolist()) == {55}  # inverted above 127.5
+    assert set(OPERATIONS["brightness"](image, -1.0).flatten().tolist()) == {20}
     moved = OPERATIONS["translate_x"](image, 1.0)
     assert (moved[0, 0] == 128).sum() == int(150 / 331 * 24)
 
 
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-@pytest.mark.parametrize(("loss", "smoothing"), [("softmax", 0.1), ("softmax", 0.0)])
-def test_mixed_targets_sum_to_one(alphas: tuple[float, float], loss: str, smoothing: float) -> None:
+@pytest.mark.parametrize("smoothing", [0.1, 0.0])
+def test_mixed_targets_sum_to_one(alphas: tuple[float, float], smoothing: float) -> None:
     augment = Augment(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
     rows = targets(batch_of(8, augment), 5, smoothing, "softmax")
     assert rows.shape == (8, 5)
@@ -177,5 +177,5 @@ def test_prepare_normalises_and_lays_out() -> None:
 def test_odd_micro_batches_are_refused_with_mixing_only() -> None:
     check_mixing(Augment(), [(0, 3)])
     check_mixing(Augment(mixup_alpha=0.8), [(0, 4), (8, 12)])
-    with pytest.raises(InputError, match="parallel.micro_batch = 3: mixup and cutmix pair"):
+    with pytest.raises(InputError, match=r"parallel\.micro_batch = 3: mixup and cutmix pair"):
         check_mixing(Augment(mixup_alpha=0.8), [(0, 3), (3, 6)])

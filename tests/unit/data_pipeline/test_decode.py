@@ -18,7 +18,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 def saved(picture: Image.Image, form: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format=form, **options)  # type: ignore[arg-type]
+    picture.save(file, format=form, **options)
     return file.getvalue()
 
 
@@ -112,7 +112,7 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"P6 1 1 255 abc"])
 def test_garbage_is_a_data_error_with_a_reason(data: bytes) -> None:
-    with pytest.raises(DataError, match="cannot be decoded: .+"):
+    with pytest.raises(DataError, match=r"cannot be decoded: .+"):
         decode(data, LIMIT)
 
 
@@ -124,7 +124,11 @@ def test_a_truncated_file_is_refused(form: str) -> None:
         decode(data[: len(data) // 2], LIMIT)
 
 
-@given(form=st.sampled_from(["JPEG", "PNG", "WEBP"]), cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 255)), max_size=4))
+@given(
+    form=st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    cut=st.integers(0, 400),
+    flips=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 255)), max_size=4),
+)
 @settings(max_examples=150, deadline=None)
 def test_damaged_files_give_pixels_or_a_data_error(form: str, cut: int, flips: list[tuple[int, int]]) -> None:
     data = bytearray(saved(Image.linear_gradient("L").resize((24, 24)).convert("RGB"), form))

@@ -31,6 +31,8 @@ SPLIT = Spec(
     ),
     head_size=8,
 )
+# Neither a pool nor a change of width where convolution hands over to attention.
+EQUAL = replace(SPLIT, stages=tuple(replace(s, width=32) if s.name == "s3a" else s for s in SPLIT.stages))
 CONVOLUTION_ONLY = replace(NANO, stages=tuple(replace(s, block="mbconv") if s.name > "s0" else s for s in NANO.stages))
 ATTENTION_FIRST = replace(
     NANO, stages=tuple(replace(s, block="transformer") if s.name > "s1" else s for s in NANO.stages)
@@ -68,7 +70,7 @@ def test_parameters_are_named_by_stage_index_and_path() -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("which", [NANO, SPLIT, CONVOLUTION_ONLY, ATTENTION_FIRST])
+@pytest.mark.parametrize("which", [NANO, SPLIT, EQUAL, CONVOLUTION_ONLY, ATTENTION_FIRST])
 def test_boundaries_are_contiguous_in_their_own_layout(which: Spec, memory_format: torch.memory_format) -> None:
     seen: list[tuple[int, ...]] = []
 

@@ -79,6 +79,11 @@ def test_resolution_must_be_a_multiple_of_the_total_stride(resolution: spec.Reso
         cost.count(spec.get("coatnet0"), resolution)
 
 
+def test_core_days_are_those_of_table_5() -> None:
+    found = {name: published.published.core_days for name, published in SPECS.items() if published.published.core_days}
+    assert found == {"coatnet3-dagger": 580, "coatnet4": 950, "coatnet5": 1820, "coatnet6": 6600, "coatnet7": 20100}
+
+
 def test_unknown_model_is_answered_with_the_closest_name() -> None:
     with pytest.raises(InputError, match=r"did you mean.*'coatnet0'"):
         spec.get("coatnet_0")

@@ -173,3 +173,11 @@ def test_two_processes_are_one_group(
         assert torch.equal(first[f"{dtype}.{name}"], second[f"{dtype}.{name}"]), name
         assert close(first[f"{dtype}.{name}"], running, statistics), name
     assert torch.equal(first[f"{dtype}.again"], first[f"{dtype}.y"])
+
+
+def test_groups_of_separate_ranks_are_averaged(ranks: list[dict[str, NDArray[np.float64]]]) -> None:
+    halves = torch.stack([half.var((0, 2, 3)) for half in picture(8, 1).chunk(2)])
+    first, second = (torch.from_numpy(rank["float64.alone"]) for rank in ranks)
+    assert torch.equal(first, second)
+    assert close(first, halves.mean(0))
+    assert not close(first, halves[0], 1e-3)

@@ -47,7 +47,7 @@ def alive(folder: Path) -> list[int]:
 def runs(pid: int) -> bool:
     """Whether a process is there and not a zombie that nobody has reaped yet."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import cost, spec
+from models.spec import Stride
 from trainer.cluster import peak_of
 from trainer.ledger import P_REF, U_REF, Ledger
 
@@ -14,7 +15,7 @@ from trainer.ledger import P_REF, U_REF, Ledger
     [("coatnet3", "depthwise", 9.19e20, 0.298, 580), ("coatnet4", "expansion", 1.518e21, 0.301, 950),
      ("coatnet5", "expansion", 3.583e21, 0.370, 1820)],
 )  # fmt: skip
-def test_paper_rows(name: str, stride: str, flops: float, utilisation: float, core_days: float) -> None:
+def test_paper_rows(name: str, stride: Stride, flops: float, utilisation: float, core_days: float) -> None:
     multiply_adds = cost.count(spec.get(name), 224, stride).multiply_adds
     ledger = Ledger(multiply_adds, None, images=4_200_000_000)
     assert ledger.model_flops == pytest.approx(flops, rel=0.01)
@@ -27,9 +28,7 @@ def test_device_days() -> None:
     assert Ledger(1, peak_of("NVIDIA H200"), 1, 86400.0).core_days_device == pytest.approx(16.09, abs=0.01)
 
 
-@given(
-    st.integers(10**9, 10**12), st.integers(1, 10**10), st.floats(1.0, 1e9), st.floats(1e12, 1e16)
-)
+@given(st.integers(10**9, 10**12), st.integers(1, 10**10), st.floats(1.0, 1e9), st.floats(1e12, 1e16))
 def test_identity(multiply_adds: int, images: int, seconds: float, peak: float) -> None:
     ledger = Ledger(multiply_adds, peak, images, seconds)
     assert ledger.core_days_device is not None

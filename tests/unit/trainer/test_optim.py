@@ -1,5 +1,7 @@
 """Schedules and parameter groups of the paper's table 10."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_warmup_then_cosine_reaches_both_ends() -> None:
     assert rates[100] == pytest.approx(1e-3)
     assert rates[999] == pytest.approx(1e-5)
     assert rates[100 + 449] == pytest.approx((1e-3 + 1e-5) / 2, rel=5e-3)
-    assert all(a >= b for a, b in zip(rates[99:], rates[100:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[99:]))
 
 
 def test_linear_falls_by_equal_amounts() -> None:

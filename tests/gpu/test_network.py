@@ -1,0 +1,60 @@
+"""The network on a CUDA device: the same function as on the CPU, by every backend."""
+
+import pytest
+import torch
+
+from models import coatnet, norm, spec
+
+pytestmark = pytest.mark.gpu
+
+
+def network(name: str, size: int, attention: str, device: str) -> coatnet.CoAtNet:
+    model = coatnet.build(spec.get(name), resolution=size, classes=10, attention=attention)  # type: ignore[arg-type]
+    coatnet.initialise(model, 5, device)
+    norm.configure(model, group=8)
+    return model
+
+
+def gradients(model: coatnet.CoAtNet, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.train()
+    torch.autograd.backward(model(images).square().mean())
+    return {name: value.grad.cpu() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
+def test_fp32_equals_the_cpu(attention: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    reference = network("coatnet-nano", 64, "explicit", "cpu")
+    ours = network("coatnet-nano", 64, attention, "cuda")
+    expected = gradients(reference, images)
+    found = gradients(ours, images.cuda().to(memory_format=torch.channels_last))
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("name", ["coatnet0", "coatnet5"])
+def test_bf16_step_has_finite_gradients_everywhere(name: str) -> None:
+    model = network(name, 224, "auto", "cuda").train()
+    images = torch.randn(8, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(images).float().logsumexp(-1).mean()
+    torch.autograd.backward(loss)
+    norm.commit(model)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+    for buffer in model.buffers():
+        assert torch.isfinite(buffer).all()
+
+
+def test_backends_agree_in_bf16_at_224() -> None:
+    images = torch.randn(8, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+    outputs = []
+    for attention in ("explicit", "sdpa"):
+        model = network("coatnet0", 224, attention, "cuda").eval()
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            outputs.append(model(images).float())
+    scale = outputs[0].abs().max()
+    assert (outputs[0] - outputs[1]).abs().max() < 0.05 * scale
