@@ -74,6 +74,8 @@ class Data:
     lanes: int = 720  # shards read side by side; capped at what the data and the batch allow
     piece: int = 8192  # samples of a lane that are permuted together
     max_pixels: int = 100_000_000  # a larger picture is refused, not decoded
+    synthetic: bool = False  # made-up pictures instead of `path`, to check speed and fit of a machine
+    synthetic_classes: int = 1000  # classes of the made-up data set
 
     def __post_init__(self) -> None:
         at_least("data.global_batch", self.global_batch, 2)
@@ -81,6 +83,7 @@ class Data:
         at_least("data.lanes", self.lanes, 1)
         at_least("data.piece", self.piece, 1)
         at_least("data.max_pixels", self.max_pixels, 1024)
+        at_least("data.synthetic_classes", self.synthetic_classes, 2)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 1.0  # global gradient norm; 0 is off
+    ema: float = 0.0  # decay per update of the averaged weights (the paper's fine-tuning: .9999); 0 is none
 
     def __post_init__(self) -> None:
         in_range("optim.label_smoothing", self.label_smoothing, 0.0, 0.99)
@@ -144,6 +148,7 @@ class Optim:
             in_range("optim.betas", value, 0.0, 0.999999)
         require(self.eps > 0, "optim.eps", self.eps, "must be positive", 1e-8)
         at_least("optim.clip_norm", self.clip_norm, 0.0)
+        in_range("optim.ema", self.ema, 0.0, 0.999999)
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,8 @@ class Tracking:
     mlflow: bool = True
     uri: str = ""  # MLflow; empty: MLFLOW_TRACKING_URI, else SQLite in the folder of runs
     experiment: str = "coatnet"
+    tensorboard: bool = False  # event files in the run folder (extra `tensorboard`)
+    wandb: bool = False  # an offline W&B run in the run folder (extra `wandb`); `wandb sync` uploads it
     log_every: int = 10  # optimizer steps
 
     def __post_init__(self) -> None:
@@ -228,6 +235,7 @@ class Run:
     name: str = ""  # folder under `runs`; empty: the recipe's name
     runs: str = "runs"
     seed: int = 0
+    steps: int = 0  # stop after so many updates without changing the schedule, to check a machine; 0 is the whole run
     model: Model = field(default_factory=Model)
     norm: Norm = field(default_factory=Norm)
     data: Data = field(default_factory=Data)
@@ -242,5 +250,6 @@ class Run:
 
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, 2**31 - 1)
+        at_least("steps", self.steps, 0)
         folder = self.name or self.recipe
         require("/" not in folder, "name", folder, "must be a folder name without '/'", folder.rpartition("/")[2])

@@ -1,5 +1,6 @@
-"""The road of a run, in the order it is walked. One process per device runs this; `trainer/launch.py` starts them
-as `python -m trainer.train runs/NAME/run.json`.
+"""The road of a run, in the order it is walked.
+
+One process per device runs this; `trainer/launch.py` starts them as `python -m trainer.train runs/NAME/run.json`.
 """
 
 import json

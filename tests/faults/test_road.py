@@ -112,8 +112,8 @@ def test_killed_rank_ends_all_and_the_run_continues_bitwise(
     train: Train, runs: Path, through: dict[int, tuple[float, float]]
 ) -> None:
     folder = rewound(runs, "killed", 16, STEPS)
-    killed = train("--name", "killed")
     (folder / "metrics.jsonl").unlink()
+    killed = train("--name", "killed")
     wait_for_step(folder, 12, killed)
     family = psutil.Process(killed.pid).children(recursive=True)
     victim = next(child for child in family if child.environ().get("RANK") == "1")
