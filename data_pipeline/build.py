@@ -94,6 +94,7 @@ def write_dataset(
             "card": dict(card),
             "label_kind": label_kind,
             "vocabulary": list(vocabulary),
+            "label_counts": _label_counts(pictures, len(vocabulary)),
             "splits": entries,
         }
         _write(root / MANIFEST, json.dumps(content, indent=1).encode())
@@ -153,6 +154,18 @@ def _check(pictures: Sequence[Picture], vocabulary: Sequence[str], label_kind: L
             raise InputError(f"key {key!r}: labels {picture.labels}: must be from 0 to {len(vocabulary) - 1}")
         if label_kind == "single" and len(picture.labels) != 1:
             raise InputError(f"key {key!r}: {len(picture.labels)} labels in a data set of single labels")
+        if len(set(picture.labels)) != len(picture.labels):
+            raise InputError(f"key {key!r}: labels {picture.labels}: must not name a class twice")
+
+
+def _label_counts(pictures: Sequence[Picture], classes: int) -> list[int]:
+    """How many training pictures carry each label, (classes,)."""
+    counts = [0] * classes
+    for picture in pictures:
+        if split_of(picture.group) == "train":
+            for label in picture.labels:
+                counts[label] += 1
+    return counts
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """What a data set on disk consists of, checked before anything is read.
 
-    DIR/manifest.json            form and version, data card, kind of labels, vocabulary, splits
+    DIR/manifest.json            form and version, data card, kind of labels, vocabulary, label counts, splits
     DIR/<split>.parquet          one row per shard: path (relative to DIR), samples, bytes, sha256
     DIR/<split>/shard-000000.tar and .idx      samples and sidecar (`data_pipeline.shard`)
 
 manifest.json holds the checksum of each Parquet file, which holds those of the shards; the fingerprint of a split
-covers its rows and the vocabulary.
+covers its rows and the vocabulary. The label counts may be absent.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -72,6 +73,8 @@ class Dataset:
     vocabulary: tuple[str, ...]
     card: Mapping[str, object]
     splits: Mapping[str, Split]
+    label_counts: tuple[int, ...] | None = None  # training samples that carry each class; None: not counted
+    synthetic: bool = False  # made up as it is read, from no files (`data_pipeline.synthetic`)
 
     @property
     def classes(self) -> int:
@@ -123,12 +126,13 @@ def open_dataset(path: str | Path) -> Dataset:
     entries = content.get("splits")
     if not isinstance(card, dict) or not isinstance(entries, dict) or not entries:
         raise DataError(f"{where}: card and splits must be tables, splits not empty")
+    counts = _label_counts(content.get("label_counts"), len(vocabulary), where)
     splits = {name: _open_split(root, name, entry, kind, vocabulary) for name, entry in entries.items()}
-    return Dataset(str(root), kind, tuple(vocabulary), card, splits)
+    return Dataset(str(root), kind, tuple(vocabulary), card, splits, counts)
 
 
 def verify(path: str | Path) -> Report:
-    """Read every byte again: shard checksums, sidecars, sample checksums, labels.
+    """Read every byte again: shard checksums, sidecars, sample checksums, labels and their counts.
 
     Raises:
         DataError: the manifest itself cannot be opened (see `open_dataset`).
@@ -137,12 +141,17 @@ def verify(path: str | Path) -> Report:
     problems: list[str] = []
     for split in dataset.splits.values():
         shards = OpenShards(split.shard_paths, split.counts, limit=1)
+        labels: Counter[int] = Counter()
         for number, row in enumerate(split.rows):
             try:
-                problems += _verify_shard(dataset, shards, number, row, split.shard_paths[number])
+                problems += _verify_shard(dataset, shards, number, row, split.shard_paths[number], labels)
             except (DataError, OSError) as error:
                 problems.append(str(error))
         shards.close()
+        counts = tuple(labels[number] for number in range(dataset.classes))
+        # Samples that could not be read were not counted either.
+        if split.name == "train" and not problems and dataset.label_counts not in (None, counts):
+            problems.append(f"{Path(dataset.root) / MANIFEST}: label_counts are not those of the samples; build the data set again")
     rows = [row for split in dataset.splits.values() for row in split.rows]
     total = sum(row.samples for row in rows), sum(row.bytes for row in rows)
     return Report(dataset.root, len(rows), *total, tuple(problems))
@@ -200,6 +209,15 @@ def _read_manifest(path: Path) -> dict[str, object]:
     return content
 
 
+def _label_counts(found: object, classes: int, where: str) -> tuple[int, ...] | None:
+    """The manifest's label counts, one whole number >= 0 per class, or None where there are none."""
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != classes or not all(type(n) is int and n >= 0 for n in found):
+        raise DataError(f"{where}: label_counts must be a list of {classes} whole numbers >= 0, one per class")
+    return tuple(found)
+
+
 def _open_split(root: Path, name: str, entry: object, kind: LabelKind, vocabulary: Sequence[str]) -> Split:
     """One split of the manifest: its Parquet file read and checked, its shards found on disk."""
     where = f"{root / MANIFEST}: split {name!r}"
@@ -223,8 +241,10 @@ def _open_split(root: Path, name: str, entry: object, kind: LabelKind, vocabular
         raise DataError(f"{index}: damaged, not Parquet: {error}; build the data set again") from error
     paths = tuple(_check_row(root, row, index) for row in rows)
     counts = np.array([row.samples for row in rows], dtype=np.int64)
-    if not rows or len(set(paths)) != len(paths):
-        raise DataError(f"{index}: lists no shard, or one twice")
+    if not rows:
+        raise DataError(f"{where} is empty, {index} lists no shard; build the data set again with more pictures")
+    if len(set(paths)) != len(paths):
+        raise DataError(f"{index}: lists a shard twice")
     stated = (entry["samples"], entry["shards"], entry["fingerprint"])
     found = (int(counts.sum()), len(rows), fingerprint(kind, vocabulary, rows))
     if stated != found:
@@ -258,8 +278,10 @@ def _check_row(root: Path, row: Row, index: str) -> str:
     return path
 
 
-def _verify_shard(dataset: Dataset, shards: OpenShards, number: int, row: Row, path: str) -> list[str]:
-    """Findings in one shard.
+def _verify_shard(
+    dataset: Dataset, shards: OpenShards, number: int, row: Row, path: str, labels: Counter[int]
+) -> list[str]:
+    """Findings in one shard; what its samples are labelled is counted in `labels`.
 
     Raises:
         DataError: its sidecar cannot be used.
@@ -271,7 +293,7 @@ def _verify_shard(dataset: Dataset, shards: OpenShards, number: int, row: Row, p
     opened = shards.get(number)
     for sample in range(row.samples):
         try:
-            opened.read(sample, dataset.classes)
+            labels.update(set(opened.read(sample, dataset.classes).labels))
         except DataError as error:
             problems.append(str(error))
     return problems

@@ -117,7 +117,7 @@ def build(
         return CoAtNet(spec, resolution, classes, make)
 
 
-def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias: float = 0.0) -> None:
+def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias: float | Tensor = 0.0) -> None:
     """Move `model` to `device` with fresh weights that depend on (seed, parameter name) alone.
 
     Everything is filled with NaN first, so that a forgotten weight cannot hide.
@@ -126,7 +126,7 @@ def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias:
         model: on any device; what it held is lost.
         seed: any integer.
         device: where the model goes.
-        head_bias: the classifier's bias.
+        head_bias: the classifier's bias, one value or (K,).
 
     Raises:
         RuntimeError: a parameter or buffer was not given a value.
@@ -146,7 +146,9 @@ def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias:
 
 
 @torch.no_grad()
-def initialise_block(name: str, block: Block, seed: int, kernel_std: float = 0.02, head_bias: float = 0.0) -> None:
+def initialise_block(
+    name: str, block: Block, seed: int, kernel_std: float = 0.02, head_bias: float | Tensor = 0.0
+) -> None:
     """Give one block its initial weights, whatever other blocks there are and wherever it lies.
 
     Kernels and relative-bias tables are normal(0, kernel_std), biases zero, norms one and zero (COATNET.md section 2).
@@ -172,7 +174,7 @@ def initialise_block(name: str, block: Block, seed: int, kernel_std: float = 0.0
             _draw(f"{path}.table", module.table, seed, kernel_std)
             module.index.copy_(relative_index(*module.grid, device=module.index.device))
     if isinstance(block, Head):
-        block.classifier.bias.fill_(head_bias)
+        block.classifier.bias.copy_(torch.as_tensor(head_bias))
 
 
 def _draw(name: str, parameter: Tensor, seed: int, std: float) -> None:

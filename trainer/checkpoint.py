@@ -1,9 +1,9 @@
 """A run's state on disk: plain safetensors and JSON, atomic, verified before use. No pickle.
 
     checkpoints/step-00001234/
-      rank-00000.safetensors  1-D fp32 "value", "exp_avg", "exp_avg_sq": this rank's fragments, end to end
+      rank-00000.safetensors  1-D fp32 "value", "exp_avg", "exp_avg_sq", "ema" if kept: this rank's pieces
       rank-00000.json         their intervals: [[parameter name, offset in it, length], ...], in the same order
-      buffers.safetensors     BatchNorm's running statistics, by name
+      buffers.safetensors     BatchNorm's running statistics by name, their averages as "ema/NAME"
       state.json              step, cursor of the data, ledger, configuration
       manifest.json           bytes and sha256 of every file above
       COMPLETE                sha256 of manifest.json; written last, a folder without it does not count
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
+from trainer.ema import AVERAGE, running_statistics
 
 FORMAT = 1
-KINDS = ("value", "exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(InputError):
@@ -55,8 +55,14 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def save(root: Path, step: int, state: dict[str, Any], fragments: list[Fragment], model: nn.Module,
-         member: Member) -> Path:  # fmt: skip
+def save(
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    fragments: list[Fragment],
+    buffers: dict[str, Tensor],
+    member: Member,
+) -> Path:
     """Write one checkpoint, all ranks together; on any rank's failure nothing is left and all ranks know why.
 
     Raises:
@@ -69,7 +75,7 @@ def save(root: Path, step: int, state: dict[str, Any], fragments: list[Fragment]
         failure = _attempt(lambda: _fresh(root, aside))
     _agree(failure, member, aside)
     report: dict[str, list[Any]] = {}
-    failure = _attempt(lambda: report.update(_write_files(aside, state, fragments, model, member)))
+    failure = _attempt(lambda: report.update(_write_files(aside, state, fragments, buffers, member)))
     reports = _agree(failure, member, aside, report)
     if member.first:
         files = {name: facts for part in reports for name, facts in part.items()}
@@ -102,41 +108,57 @@ def newest(root: Path, member: Member, say: Any = print) -> Saved | None:
     return None
 
 
-def restore(saved: Saved, fragments: list[Fragment], model: nn.Module) -> None:
-    """Fill this rank's fragments and the model's buffers from a checkpoint of any number of ranks.
+def restore(saved: Saved, fragments: list[Fragment], buffers: dict[str, Tensor]) -> None:
+    """Fill this rank's fragments and the buffers from a checkpoint of any number of ranks.
 
     Raises:
         CheckpointError: a parameter or buffer is missing or of another size.
     """
     sources = _Sources(saved.path)
     for fragment in fragments:
-        targets = {"value": fragment.value, **fragment.moments}
-        for kind in KINDS:
-            sources.fill(kind, fragment.name, fragment.offset, targets[kind])
-    load_buffers(saved.path, model)
+        for kind, target in {"value": fragment.value, **fragment.moments}.items():
+            sources.fill(kind, fragment.name, fragment.offset, target)
+    load_buffers(saved.path, buffers)
 
 
-def load_parameters(saved: Saved, model: nn.Module) -> None:
-    """Fill a whole model's parameters and buffers, for evaluation and export; no optimizer, no process group."""
+def load_parameters(saved: Saved, model: nn.Module, average: bool = False) -> None:
+    """Fill a whole model's parameters and buffers, for evaluation and export; no optimizer, no process group.
+
+    Args:
+        average: the moving averages in place of the raw weights.
+
+    Raises:
+        CheckpointError: something is missing or of another size.
+    """
     sources = _Sources(saved.path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = torch.empty(parameter.numel(), dtype=torch.float32)
-            sources.fill("value", name, 0, flat)
+            sources.fill("ema" if average else "value", name, 0, flat)
             parameter.copy_(flat.view_as(parameter))
-    load_buffers(saved.path, model)
+    statistics = running_statistics(model)
+    prefix = AVERAGE if average else ""
+    load_buffers(saved.path, {prefix + name: value for name, value in statistics.items()})
 
 
-def load_buffers(path: Path, model: nn.Module) -> None:
-    """Fill the model's buffers from `buffers.safetensors`."""
-    wanted = dict(_kept_buffers(model))
+def load_buffers(path: Path, wanted: dict[str, Tensor]) -> None:
+    """Fill buffers from `buffers.safetensors`, by name.
+
+    Raises:
+        CheckpointError: one that is wanted is not there, or has another size.
+    """
     with safe_open(path / "buffers.safetensors", framework="pt") as stored:
-        names = set(stored.keys())
-        if names != set(wanted):
-            odd = sorted(names ^ set(wanted))[:3]
-            raise CheckpointError(f"{path / 'buffers.safetensors'}: belongs to another model; differs in {odd}")
+        missing = sorted(set(wanted) - set(stored.keys()))
+        if missing:
+            raise CheckpointError(f"{path / 'buffers.safetensors'}: has no {missing[0]}; it belongs to another model")
         for name, buffer in wanted.items():
-            buffer.copy_(stored.get_tensor(name))
+            value = stored.get_tensor(name)
+            if value.shape != buffer.shape:
+                raise CheckpointError(
+                    f"{path / 'buffers.safetensors'}: {name} has shape {tuple(value.shape)}, the model "
+                    f"{tuple(buffer.shape)}"
+                )
+            buffer.copy_(value)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -180,12 +202,6 @@ class _Sources:
             )
 
 
-def _kept_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers that are state (BatchNorm's), not what can be computed again."""
-    names = model.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in names]
-
-
 def _attempt(work: Any) -> str:
     """Do `work`; the reason if the disk or the system refused."""
     try:
@@ -214,30 +230,26 @@ def _fresh(root: Path, aside: Path) -> None:
     aside.mkdir()
 
 
-def _write_files(aside: Path, state: dict[str, Any], fragments: list[Fragment], model: nn.Module,
-                 member: Member) -> dict[str, list[Any]]:  # fmt: skip
+def _write_files(
+    aside: Path, state: dict[str, Any], fragments: list[Fragment], buffers: dict[str, Tensor], member: Member
+) -> dict[str, list[Any]]:
     """Write this rank's files; returns {name: [bytes, sha256]}."""
     stem = f"rank-{member.rank:05d}"
-    tensors = {
-        kind: torch.cat([_of_kind(fragment, kind).detach().cpu() for fragment in fragments])
-        if fragments
-        else torch.empty(0)
-        for kind in KINDS
-    }
+    kinds: dict[str, list[Tensor]] = {"value": []}
+    for fragment in fragments:
+        for kind, part in {"value": fragment.value, **fragment.moments}.items():
+            kinds.setdefault(kind, []).append(part.detach().cpu())
+    tensors = {kind: torch.cat(parts) if parts else torch.empty(0) for kind, parts in kinds.items()}
     save_file(tensors, aside / f"{stem}.safetensors")
     intervals = [[part.name, part.offset, part.value.numel()] for part in fragments]
     (aside / f"{stem}.json").write_text(json.dumps(intervals))
     names = [f"{stem}.safetensors", f"{stem}.json"]
     if member.first:
-        buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in _kept_buffers(model)}
-        save_file(buffers, aside / "buffers.safetensors")
+        kept = {name: buffer.detach().cpu().contiguous() for name, buffer in buffers.items()}
+        save_file(kept, aside / "buffers.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
         names += ["buffers.safetensors", "state.json"]
     return {name: _sync_and_measure(aside / name) for name in names}
-
-
-def _of_kind(fragment: Fragment, kind: str) -> Tensor:
-    return fragment.value if kind == "value" else fragment.moments[kind]
 
 
 def _complete(aside: Path, final: Path, files: dict[str, list[Any]]) -> None:

@@ -79,6 +79,7 @@ def publish(engine: Any, stage: int) -> None:
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:
+        optimizer._partition_all_parameters()  # an evaluation leaves parameters whole, with their old values
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from configs.schema import Run
 from trainer import deepspeed_shims as shims
 from trainer.cluster import Member
+from trainer.ema import AVERAGE, WeightAverage, running_statistics
 from trainer.optim import adamw, parameter_groups
 from trainer.plan import Layout
 
@@ -68,6 +69,7 @@ class Engine:
         layout: how the global batch is cut.
         config: DeepSpeed's JSON as it was used.
         groups: the optimizer's parameter groups, with the names in each.
+        average: the moving average of the weights, None where the run keeps none.
     """
 
     def __init__(self, model: nn.Module, run: Run, layout: Layout, member: Member) -> None:
@@ -78,6 +80,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.layout, self.member = layout, member
         self.zero, self.clip_norm = run.parallel.zero, run.optim.clip_norm
+        self.average: WeightAverage | None = None
         self.groups = parameter_groups(model.named_parameters(), run.optim.weight_decay)
         self.config = deepspeed_config(run, layout, sum(parameter.numel() for parameter in model.parameters()))
         # Every weight is used once in a pass, so a cache of bf16 copies would only hold memory.
@@ -88,6 +91,8 @@ class Engine:
             config=self.config,
             dist_init_required=False,
         )
+        if run.optim.ema:
+            self.average = WeightAverage(run.optim.ema, self.fragments(owned=False), model)
 
     def forward_backward(self, images: Tensor, targets: Tensor, loss_of: Any, **forward: Any) -> Tensor:
         """One micro-batch: accumulates gradients, communicates them with the last one of a step.
@@ -133,6 +138,15 @@ class Engine:
             yield self._engine
         self._engine.train()
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights and BatchNorm statistics in place of the raw ones. Collective calls."""
+        assert self.average is not None, "the run keeps no average"
+        with self.average.swapped():
+            shims.publish(self._engine, self.zero)
+            yield
+        shims.publish(self._engine, self.zero)
+
     @property
     def model(self) -> nn.Module:
         """The network itself; under ZeRO-3 its parameters are in pieces."""
@@ -140,12 +154,18 @@ class Engine:
         return module
 
     def fragments(self, owned: bool) -> list[shims.Fragment]:
-        """The fp32 parameters and Adam moments of this rank, as writable views.
+        """The fp32 parameters, Adam moments and weight averages of this rank, as writable views.
 
         Args:
             owned: over all ranks each element once, for saving; otherwise all that this rank holds, for restoring.
         """
-        return list(shims.fragments(self._engine, self.zero, self.member.rank, self.member.world, owned))
+        held = shims.fragments(self._engine, self.zero, self.member.rank, self.member.world, owned)
+        return [fragment if self.average is None else self.average.beside(fragment) for fragment in held]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """BatchNorm's running statistics by name and their averages, as writable tensors; equal on all ranks."""
+        averages = self.average.buffers if self.average is not None else {}
+        return running_statistics(self.model) | {AVERAGE + name: value for name, value in averages.items()}
 
     def restored(self, step: int) -> None:
         """Let parameters and optimizer follow fragments that were just overwritten. A collective call."""

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from configs.schema import Run
 from data_pipeline import augment
+from data_pipeline.manifest import Dataset
 from data_pipeline.stream import Batch
+from trainer.average_precision import mean_average_precision
 from trainer.cluster import Member
 from trainer.loss import loss_function
 
 
-def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], run: Run, classes: int,
-             member: Member) -> dict[str, float]:  # fmt: skip
+def evaluate(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], run: Run, dataset: Dataset, member: Member
+) -> dict[str, float]:
     """Score a model.
 
     Args:
@@ -22,9 +25,11 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], run:
         batches: this rank's share, the same number on every rank; samples with `valid` false only fill up.
 
     Returns:
-        eval/top1 and eval/top5 (with several labels to a picture: whether one of them is there; top-1 is then the
-        paper's precision@1), eval/loss and eval/samples, over all ranks.
+        top1 and top5 (with several labels to a picture: whether one of them is there; top-1 is then the paper's
+        precision@1), loss, samples, and with several labels map, the mean average precision; over all ranks.
     """
+    classes, several = dataset.classes, dataset.label_kind == "multi"
+    kept: list[tuple[Tensor, Tensor]] = []  # scores and labels, for the mean average precision
     sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
     loss_of = loss_function(run.optim.loss)
     for cpu_batch in batches:
@@ -41,11 +46,12 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], run:
             sums[1] += hits[valid, 0].sum().cpu()
             sums[2] += hits[valid].any(dim=1).sum().cpu()
             sums[3] += loss_of(logits[valid], wanted[valid]).double().cpu() * count
+        if several:
+            kept.append((logits[valid].cpu(), wanted[valid].cpu() > 0))
     dist.all_reduce(sums, group=member.control)
     samples, top1, top5, loss = sums.tolist()
-    return {
-        "eval/top1": top1 / samples,
-        "eval/top5": top5 / samples,
-        "eval/loss": loss / samples,
-        "eval/samples": samples,
-    }
+    scores = {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": samples}
+    if several:
+        pairs = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+        scores["map"] = mean_average_precision(pairs[0], pairs[1], member.control)
+    return scores

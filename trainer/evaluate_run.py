@@ -32,12 +32,15 @@ def evaluate_run(folder: Path) -> dict[str, float]:
     if list(dataset.vocabulary) != saved.state["vocabulary"]:
         raise InputError(f"{run.data.path}: has other classes than the data {folder} was trained on")
     model = network.bare(run, dataset.classes, member.device)
-    checkpoint.load_parameters(saved, model)
-    model.eval()
-    batches = heldout_loader(dataset, "heldout", run, member.rank, member.world)
-    autocast = torch.autocast(member.device.type, torch.bfloat16, enabled=run.precision.dtype == "bf16")
-    with torch.no_grad(), autocast:
-        scores = {"step": float(saved.step), **evaluate(model, batches, run, dataset.classes, member)}
+    scores = {"step": float(saved.step)}
+    for prefix in ("eval", "eval_ema") if run.optim.ema else ("eval",):
+        checkpoint.load_parameters(saved, model, average=prefix == "eval_ema")
+        model.eval()
+        batches = heldout_loader(dataset, "heldout", run, member.rank, member.world)
+        autocast = torch.autocast(member.device.type, torch.bfloat16, enabled=run.precision.dtype == "bf16")
+        with torch.no_grad(), autocast:
+            found = evaluate(model, batches, run, dataset, member)
+        scores |= {f"{prefix}/{name}": value for name, value in found.items()}
     if member.first:
         (folder / "evaluation.json").write_text(json.dumps({**scores, "step": saved.step}, indent=2))
     cluster.leave()

@@ -1,14 +1,30 @@
 """The network that a run asks for, on this rank's device."""
 
 import torch
+from torch import Tensor
 
 from configs.schema import Run
+from data_pipeline.manifest import Dataset
 from models import coatnet, norm, spec
 from trainer import cluster
 from trainer.plan import Layout
 
 
-def bare(run: Run, classes: int, device: torch.device) -> coatnet.CoAtNet:
+def head_bias(run: Run, dataset: Dataset) -> Tensor | float:
+    """The classifier's first bias: with the sigmoid loss the log-odds of each class in the training split, else 0.
+
+    Otherwise the first thousand steps would only learn that most of 18,000 classes are absent. A class without a
+    sample counts as half a one.
+    """
+    if run.optim.loss != "sigmoid":
+        return 0.0
+    samples = dataset.split("train").samples
+    counts = dataset.label_counts or (samples / dataset.classes,) * dataset.classes
+    share = torch.tensor(counts, dtype=torch.float64).clamp(0.5, samples - 0.5) / samples
+    return torch.logit(share).float()
+
+
+def bare(run: Run, classes: int, device: torch.device, bias: Tensor | float = 0.0) -> coatnet.CoAtNet:
     """The network with its initial weights; they depend on the seed and the parameters' names alone."""
     model = coatnet.build(
         spec.get(run.model.name),
@@ -19,13 +35,15 @@ def bare(run: Run, classes: int, device: torch.device) -> coatnet.CoAtNet:
         norm_momentum=run.norm.momentum,
         attention=run.model.attention,
     )
-    coatnet.initialise(model, run.seed, device)
+    coatnet.initialise(model, run.seed, device, bias)
     return model
 
 
-def in_layout(run: Run, classes: int, plan: Layout, member: cluster.Member) -> coatnet.CoAtNet:
+def in_layout(
+    run: Run, classes: int, plan: Layout, member: cluster.Member, bias: Tensor | float = 0.0
+) -> coatnet.CoAtNet:
     """The network for training: BatchNorm knows its groups, which may span a team of ranks. A collective call."""
-    model = bare(run, classes, member.device)
+    model = bare(run, classes, member.device, bias)
     team = cluster.team_group(member, plan.team)
     norm.configure(model, group=min(plan.micro_batch, plan.replica_batch), process_group=team)
     return model

@@ -25,8 +25,14 @@ class StepResult(NamedTuple):
     waited: float  # seconds spent waiting for data
 
 
-def train_step(engine: Engine, batches: Iterator[Batch], run: Run, classes: int, learning_rate: float) -> StepResult:
-    """Fetch this rank's micro-batches of the next global batch, accumulate their gradients, update once."""
+def train_step(
+    engine: Engine, batches: Iterator[Batch], run: Run, classes: int, learning_rate: float, step: int
+) -> StepResult:
+    """Fetch this rank's micro-batches of the next global batch, accumulate their gradients, update once.
+
+    Args:
+        step: updates made when this one is done.
+    """
     model, device = engine.model, engine.member.device
     assert isinstance(model, CoAtNet)
     loss_of, blocks = loss_function(run.optim.loss), run_block(run.parallel.recompute)
@@ -45,4 +51,6 @@ def train_step(engine: Engine, batches: Iterator[Batch], run: Run, classes: int,
         total += engine.forward_backward(images, wanted, loss_of, drop_SB=drop, run=blocks)
     grad_norm = engine.update(learning_rate)
     norm.commit(model)
+    if engine.average is not None:
+        engine.average.update(step)
     return StepResult(total / engine.layout.accumulation, grad_norm, waited)

@@ -93,11 +93,13 @@ def prepare(run: Run, member: cluster.Member, began: float) -> Session:
     saved = checkpoint.newest(folder / "checkpoints", member, line.say)
     order = open_order(run, split, saved)
 
-    engine = Engine(network.in_layout(run, dataset.classes, plan, member), run, plan, member)
+    engine = Engine(
+        network.in_layout(run, dataset.classes, plan, member, network.head_bias(run, dataset)), run, plan, member
+    )
     step = 0
     if saved is not None:
         step = saved.step
-        checkpoint.restore(saved, engine.fragments(owned=False), engine.model)
+        checkpoint.restore(saved, engine.fragments(owned=False), engine.buffers())
         engine.restored(step)
 
     multiply_adds = cost.count(
@@ -163,8 +165,8 @@ def loop(session: Session, stop: StopFlag) -> int:
     code = DONE
     while session.step < session.steps:
         rate = learning_rate(run.optim, session.step, session.steps, session.warmup)
-        result = train_step(session.engine, batches, run, session.dataset.classes, rate)
         session.step += 1
+        result = train_step(session.engine, batches, run, session.dataset.classes, rate, session.step)
         session.ledger.images += run.data.global_batch
         session.meter.step(result.loss, result.waited)
         due = session.step % run.tracking.log_every == 0 or session.step == session.steps
@@ -231,7 +233,7 @@ def save(session: Session) -> None:
     }
     root = session.folder / "checkpoints"
     engine = session.engine
-    checkpoint.save(root, session.step, state, engine.fragments(owned=True), engine.model, session.member)
+    checkpoint.save(root, session.step, state, engine.fragments(owned=True), engine.buffers(), session.member)
     if session.member.first:
         checkpoint.prune(root, run.checkpoint.keep)
         session.event("save", seconds=time.perf_counter() - began)
@@ -240,10 +242,11 @@ def save(session: Session) -> None:
 
 def score(session: Session, final: bool = False) -> None:
     """Evaluate on the held-out split and write the scores down."""
-    run, member = session.run, session.member
-    batches = heldout_loader(session.dataset, "heldout", run, member.rank, member.world)
-    with session.engine.evaluation() as forward:
-        scores = evaluate(forward, batches, run, session.dataset.classes, member)
+    engine = session.engine
+    scores = {f"eval/{name}": value for name, value in held_out(session).items()}
+    if engine.average is not None:
+        with engine.averaged():
+            scores |= {f"eval_ema/{name}": value for name, value in held_out(session).items()}
     count_device_time(session)
     session.event("evaluation", **scores)
     if session.log is not None:
@@ -254,12 +257,25 @@ def score(session: Session, final: bool = False) -> None:
     session.meter.restart()
 
 
+def held_out(session: Session) -> dict[str, float]:
+    """Scores of the model as it stands, by name. A collective call."""
+    run, member = session.run, session.member
+    batches = heldout_loader(session.dataset, "heldout", run, member.rank, member.world)
+    with session.engine.evaluation() as forward:
+        return evaluate(forward, batches, run, session.dataset, member)
+
+
 def describe(scores: dict[str, float]) -> str:
-    """Scores in a line."""
-    return (
-        f"held-out top-1 {scores['eval/top1']:.2%}, top-5 {scores['eval/top5']:.2%} on "
-        f"{scores['eval/samples']:,.0f} images"
-    )
+    """Scores for a person, a line for the raw weights and one for the averaged ones."""
+    lines = []
+    for prefix, weights in (("eval", "raw weights"), ("eval_ema", "averaged weights")):
+        if f"{prefix}/top1" in scores:
+            ranked = f", mAP {scores[f'{prefix}/map']:.2%}" if f"{prefix}/map" in scores else ""
+            lines.append(
+                f"held-out top-1 {scores[f'{prefix}/top1']:.2%}, top-5 {scores[f'{prefix}/top5']:.2%}{ranked} on "
+                f"{scores[f'{prefix}/samples']:,.0f} images ({weights})"
+            )
+    return "\n".join(lines)
 
 
 def close_tracking(session: Session, mlflow: MlflowProcess | None, code: int) -> None:

@@ -22,7 +22,16 @@ def main(seeds: int) -> None:
     samples: dict[str, list[float]] = {"top-1": [], "seconds": [], "peak bytes per rank": []}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
-            words = ["train", "demo-digits", "--seed", str(seed), "--runs", folder, "--data.path", str(ROOT / "data/digits")]
+            words = [
+                "train",
+                "demo-digits",
+                "--seed",
+                str(seed),
+                "--runs",
+                folder,
+                "--data.path",
+                str(ROOT / "data/digits"),
+            ]
             began = time.perf_counter()
             subprocess.run([sys.executable, "-m", "trainer.cli", *words], cwd=ROOT, check=True)
             samples["seconds"].append(time.perf_counter() - began)

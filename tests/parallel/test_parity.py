@@ -93,6 +93,23 @@ def test_batchnorm_statistics(name: str, answers: list[Answer], reference: dict[
         assert mine[buffer] == pytest.approx(values, rel=1e-3, abs=loose), buffer
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "bf16" not in name])
+def test_averaged_weights_equal_a_gathered_reference(
+    name: str, answers: list[Answer], reference: dict[str, Any]
+) -> None:
+    for parameter, expected in reference["average"].items():
+        found = sum(rank[name]["average"].get(parameter, 0.0) for rank in answers)
+        assert found == pytest.approx(expected, rel=1e-2, abs=2e-2), parameter
+    for rank in answers:
+        for got, wanted in ((rank[name]["raw"], reference["raw"]), (rank[name]["averaged"], reference["averaged"])):
+            for row, expected_row in zip(got, wanted, strict=True):
+                assert row == pytest.approx(expected_row, abs=5e-3)
+    assert answers[0][name]["average_buffers"] == answers[1][name]["average_buffers"]
+    # Averaged and raw weights are far enough apart for the comparisons above to mean something.
+    apart = [largest(a, b) for a, b in zip(reference["raw"], reference["averaged"], strict=True)]
+    assert max(apart) > 0.05
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_recomputation_changes_nothing(stage: int, answers: list[Answer]) -> None:
     without, full = answers[0][f"zero{stage}"], answers[0][f"zero{stage}-full"]
@@ -107,6 +124,8 @@ def test_restart_is_bitwise(stage: int, answers: list[Answer]) -> None:
         assert restarted["losses"] == through["losses"]
         assert restarted["norms"] == through["norms"]
         assert restarted["buffers"] == through["buffers"]
+        assert restarted["average"] == through["average"]
+        assert restarted["average_buffers"] == through["average_buffers"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

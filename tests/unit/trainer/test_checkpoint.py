@@ -13,6 +13,7 @@ from trainer import checkpoint
 from trainer.checkpoint import CheckpointError
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
+from trainer.ema import running_statistics
 from trainer.launch import free_port
 
 
@@ -48,7 +49,7 @@ def whole(model: nn.Module) -> list[Fragment]:
 
 def saved(root: Path, step: int, member: Member, fill: float = 1.0) -> Path:
     model = Small(fill)
-    return checkpoint.save(root, step, {"step": step}, whole(model), model, member)
+    return checkpoint.save(root, step, {"step": step}, whole(model), running_statistics(model), member)
 
 
 def test_round_trip_in_other_pieces(tmp_path: Path, member: Member) -> None:
@@ -64,7 +65,7 @@ def test_round_trip_in_other_pieces(tmp_path: Path, member: Member) -> None:
         Fragment("a", low, flat[low:high], {key: value[low:high] for key, value in moments.items()})
         for low, high in cuts
     ]
-    checkpoint.restore(found, parts, model)
+    checkpoint.restore(found, parts, running_statistics(model))
     assert torch.equal(model.a.data, torch.full((4, 3), 2.5))
     assert torch.equal(moments["exp_avg_sq"], torch.full((12,), 7.5))
     assert torch.equal(model.get_buffer("seen"), torch.full((2,), 2.5))
