@@ -24,6 +24,7 @@ __all__ = [
 
 RECIPES: dict[str, Callable[[], Run]] = {
     "demo-digits": demo.digits,
+    "demo-clipart": demo.clipart,
     "coatnet0-in1k-224": imagenet.coatnet0_in1k_224,
     "coatnet4-in21k-224": imagenet.coatnet4_in21k_224,
     "coatnet5-jft300m-224": jft.coatnet5_jft300m_224,

@@ -1,4 +1,7 @@
-"""Real images that a fresh machine can get, as shards: digits from an installed package, or any folder of images."""
+"""Real images that a fresh machine can get, as shards: digits from an installed package, or any folder of images.
+
+The third source, clip art with many labels, is in `data_pipeline.clipart`.
+"""
 
 import gzip
 import hashlib
@@ -16,6 +19,7 @@ from PIL import Image
 
 from configs.errors import InputError, unknown
 from data_pipeline.build import Picture, already_built, write_dataset
+from data_pipeline.clipart import clipart
 from data_pipeline.decode import decode
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset
@@ -28,18 +32,32 @@ MAX_PIXELS = 100_000_000
 SHOWN = 5  # unreadable files that an error names
 
 
-def demo_command(out: str, source: str = "digits", path: str = "", skip_unreadable: bool = False) -> str:
-    """What `coatnet data demo --out DIR [--source digits|folder PATH]` prints, after making the data set.
+SOURCES = ("clipart", "digits", "folder")
+
+
+def demo_command(
+    out: str, source: str = "digits", path: str = "", skip_unreadable: bool = False, short_side: int = 0
+) -> str:
+    """What `coatnet data demo --out DIR [--source digits | clipart [PATH] | folder PATH]` prints, after making it.
+
+    Args:
+        out: folder to write to.
+        source: one of SOURCES.
+        path: folder: the pictures' folder; clipart: a package file or a folder, empty to fetch the package.
+        skip_unreadable: folder only.
+        short_side: clipart only, pixels.
 
     Raises:
         InputError: an unknown source, a missing package or folder, or `out` holds something else.
     """
     if source == "digits":
         dataset = digits(out)
+    elif source == "clipart":
+        dataset = clipart(out, path, short_side)
     elif source == "folder":
         dataset = folder(path, out, skip_unreadable=skip_unreadable)
     else:
-        raise unknown("source of data", source, ("digits", "folder"))
+        raise unknown("source of data", source, SOURCES)
     lines = [f"{dataset.root}: {dataset.classes} classes, {dataset.label_kind} labels"]
     for name, split in dataset.splits.items():
         lines.append(f"  {name}: {split.samples} samples in {len(split.shard_paths)} shards, {split.fingerprint[:12]}")

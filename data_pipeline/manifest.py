@@ -151,7 +151,9 @@ def verify(path: str | Path) -> Report:
         counts = tuple(labels[number] for number in range(dataset.classes))
         # Samples that could not be read were not counted either.
         if split.name == "train" and not problems and dataset.label_counts not in (None, counts):
-            problems.append(f"{Path(dataset.root) / MANIFEST}: label_counts are not those of the samples; build the data set again")
+            problems.append(
+                f"{Path(dataset.root) / MANIFEST}: label_counts are not those of the samples; build the data set again"
+            )
     rows = [row for split in dataset.splits.values() for row in split.rows]
     total = sum(row.samples for row in rows), sum(row.bytes for row in rows)
     return Report(dataset.root, len(rows), *total, tuple(problems))

@@ -26,8 +26,9 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, Split
 from data_pipeline.order import Ints, Order, sample_seed
 from data_pipeline.shard import OpenShards
+from data_pipeline.synthetic import NoisePool, open_data
 
-__all__ = ["Batch", "heldout_loader", "train_loader"]
+__all__ = ["Batch", "heldout_loader", "open_data", "train_loader"]
 
 
 def train_loader(
@@ -68,6 +69,9 @@ def heldout_loader(dataset: Dataset, split: str, run: Run, rank: int, world: int
     return _batches(Reader(dataset, part, run, None), ranges, run)
 
 
+_View = tuple[torch.Tensor, tuple[int, ...], str]  # uint8 (3, size, size), labels, key
+
+
 class Reader(torch.utils.data.Dataset[Batch]):
     """Reads, decodes and augments whole batches of one split.
 
@@ -78,7 +82,10 @@ class Reader(torch.utils.data.Dataset[Batch]):
         self._split, self._run, self._order = split, run, order
         self._classes, self._multi = dataset.classes, dataset.label_kind == "multi"
         self._starts = np.concatenate([[0], np.cumsum(split.counts)])
-        self._shards: OpenShards | None = None  # opened where it is used: descriptors do not travel to processes
+        self._synthetic = dataset.synthetic
+        # Made where they are used: descriptors do not travel to loader processes, and pictures need not.
+        self._shards: OpenShards | None = None
+        self._noise: NoisePool | None = None
 
     def __len__(self) -> int:
         """Samples of the split."""
@@ -104,9 +111,10 @@ class Reader(torch.utils.data.Dataset[Batch]):
             once, row = np.unique(indices_B, return_inverse=True)  # padding is decoded once
             shard = np.searchsorted(self._starts, once, side="right") - 1
             sample = once - self._starts[shard]
+        sample_of = self._made_up if self._synthetic else self._stored
         views, labels, keys = [], [], []
         for slot, (number, inside) in enumerate(zip(shard.tolist(), sample.tolist(), strict=True)):
-            view, found, key = self._sample(number, inside, int(seeds[slot]))
+            view, found, key = sample_of(number, inside, int(seeds[slot]))
             views.append(view)
             labels.append(found)
             keys.append(key)
@@ -123,8 +131,15 @@ class Reader(torch.utils.data.Dataset[Batch]):
             boxes_B4=mixing[1] if mixing else None,
         )
 
-    def _sample(self, shard: int, number: int, seed: int) -> tuple[torch.Tensor, tuple[int, ...], str]:
-        """One sample: its view, uint8 (3, size, size), its labels and key.
+    def _made_up(self, shard: int, number: int, seed: int) -> _View:
+        """One sample of the synthetic data set."""
+        if self._noise is None:
+            self._noise = NoisePool(self._run.model.resolution, self._classes)
+        picture_CHW, labels = self._noise.sample(seed)
+        return torch.from_numpy(picture_CHW), labels, f"synthetic/{shard:04d}-{number:04d}"
+
+    def _stored(self, shard: int, number: int, seed: int) -> _View:
+        """One sample out of its shard.
 
         Raises:
             DataError: naming shard, sample, key and offset.

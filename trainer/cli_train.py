@@ -7,20 +7,41 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
 from trainer.track import run_folder, tracking_uri
 
-# Fields that a run may change between two starts in the same folder: none of them touches the mathematics.
-FREE = ("name", "runs", "data.path", "data.workers", "parallel.", "checkpoint.", "evaluate.", "tracking.", "cluster.")
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Dataset
+    from trainer.fit import Memory
+    from trainer.plan import Layout
 
-TRAIN_USAGE = """usage: coatnet train RECIPE [--field value ...]
+# Fields that a run may change between two starts in the same folder: none of them touches the mathematics.
+FREE = (
+    "name",
+    "runs",
+    "steps",
+    "data.path",
+    "data.workers",
+    "parallel.",
+    "checkpoint.",
+    "evaluate.",
+    "tracking.",
+    "cluster.",
+)
+
+TRAIN_USAGE = """usage: coatnet train RECIPE [--dry-run] [--field value ...]
 
 Trains RECIPE (see `coatnet config list`) on all devices of this machine, or as one rank where an outside launcher has
 set RANK. The run lives in runs/NAME; the same command continues it from its newest verified checkpoint, Ctrl-C saves
 and exits with 75. Fields and their defaults: `coatnet config show RECIPE`.
+
+--dry-run                    print what would run (configuration, layout, DeepSpeed's JSON, parameter groups, schedule,
+                             counts, data, memory) and start nothing
+--data.synthetic --steps 50  made-up pictures at the recipe's true size: does it fit, how fast is it
 
 exit codes: 0 done, 75 stopped on request and saved, 76 configuration or data error, 77 diverged, else a crash"""
 
@@ -36,14 +57,23 @@ def train_command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(TRAIN_USAGE + "\n")
         return 0
+    dry = "--dry-run" in arguments
+    arguments = [word for word in arguments if word != "--dry-run"]
+    if not arguments:
+        raise InputError("coatnet train --dry-run: the recipe is missing; `coatnet config list` has them")
     run = resolve_command(arguments[0], arguments[1:])
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dry:
         return _as_rank(run)
     from trainer import cluster
     from trainer.launch import free_port, launch
 
     world = cluster.local_ranks(run)
-    check_before_start(run, world)
+    facts = check_before_start(run, world)
+    if dry:
+        from trainer.dry_run import describe
+
+        print(describe(run, *facts))
+        return 0
     folder = run_folder(run)
     with _claimed(folder, run):
         if (folder / "done").exists():
@@ -61,30 +91,29 @@ def train_command(arguments: list[str]) -> int:
     return code
 
 
-def check_before_start(run: Run, world: int) -> None:
-    """Refuse before anything starts what would fail later: data, model, batch, devices, port.
+def check_before_start(run: Run, world: int) -> "tuple[Dataset, Layout, Memory, int]":
+    """Refuse before anything starts what would fail later: data, model, batch, devices, memory, port.
+
+    Returns:
+        The data set, the layout, the memory of a rank as estimated, and what a rank has.
 
     Raises:
         InputError: what is wrong, where, and what would do.
     """
-    from data_pipeline.manifest import open_dataset
+    from data_pipeline.stream import open_data
     from models import spec
-    from trainer import cluster, deepspeed_shims
+    from trainer import cluster, deepspeed_shims, fit
     from trainer.launch import free_port
     from trainer.plan import layout
 
     spec.get(run.model.name)
     resolve.check(run)
-    layout(run, world)
+    plan = layout(run, world)
     free_port(run.cluster.master_port)
-    if cluster.device_kind(run) == "cuda":
-        import torch
-
-        have = torch.cuda.device_count()
-        if world > have:
-            raise InputError(f"cluster.ranks = {world}: this machine has {have} GPUs; nearest valid: {have}")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    _check_devices(run, local)
     deepspeed_shims.check_version()
-    dataset = open_dataset(run.data.path)
+    dataset = open_data(run)
     split = dataset.split("train")
     if split.samples < run.data.global_batch:
         raise InputError(
@@ -94,6 +123,21 @@ def check_before_start(run: Run, world: int) -> None:
     warmup, steps = resolve.warmup(run, split.samples), resolve.total_steps(run, split.samples)
     if warmup >= steps:
         raise InputError(f"optim.warmup_steps = {warmup}: the run has only {steps} steps; nearest valid: {steps - 1}")
+    available = cluster.available_bytes(run, local)
+    return dataset, plan, fit.require_fit(run, plan, dataset.classes, available), available
+
+
+def _check_devices(run: Run, ranks: int) -> None:
+    """Refuse more ranks on this machine than it has GPUs."""
+    from trainer import cluster
+
+    if cluster.device_kind(run) != "cuda":
+        return
+    import torch
+
+    have = torch.cuda.device_count()
+    if ranks > have:
+        raise InputError(f"cluster.ranks = {ranks}: this machine has {have} GPUs; nearest valid: {have}")
 
 
 def refuse_another_run(folder: Path, run: Run) -> None:
@@ -177,7 +221,7 @@ def eval_command(arguments: list[str]) -> int:
     world = cluster.local_ranks(run)
     code = launch(["trainer.evaluate_run", str(folder)], world, folder / "logs", free_port(), on_cpu)
     if code == 0:
-        from trainer.train import describe
+        from trainer.evaluate import describe
 
         scores = json.loads((folder / "evaluation.json").read_text())
         print(json.dumps(scores) if "--json" in options else f"step {scores['step']}: {describe(scores)}")

@@ -72,6 +72,13 @@ def local_ranks(run: Run) -> int:
     return torch.cuda.device_count() if device_kind(run) == "cuda" else 2
 
 
+def available_bytes(run: Run, ranks: int) -> int:
+    """Memory that one of `ranks` processes of this machine may take: its GPU's, or its share of the host's."""
+    if device_kind(run) == "cuda":
+        return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+
+
 def join(run: Run) -> Member:
     """Enter the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
     kind = device_kind(run)

@@ -55,3 +55,16 @@ def evaluate(
         pairs = [torch.cat(parts) for parts in zip(*kept, strict=True)]
         scores["map"] = mean_average_precision(pairs[0], pairs[1], member.control)
     return scores
+
+
+def describe(scores: dict[str, float]) -> str:
+    """Scores for a person, a line for the raw weights and one for the averaged ones."""
+    lines = []
+    for prefix, weights in (("eval", "raw weights"), ("eval_ema", "averaged weights")):
+        if f"{prefix}/top1" in scores:
+            ranked = f", mAP {scores[f'{prefix}/map']:.2%}" if f"{prefix}/map" in scores else ""
+            lines.append(
+                f"held-out top-1 {scores[f'{prefix}/top1']:.2%}, top-5 {scores[f'{prefix}/top5']:.2%}{ranked} on "
+                f"{scores[f'{prefix}/samples']:,.0f} images ({weights})"
+            )
+    return "\n".join(lines)

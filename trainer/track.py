@@ -1,9 +1,10 @@
-"""Where a run's figures and events go: plain JSON lines in its folder, and from there MLflow.
+"""Where a run's figures and events go: plain JSON lines in its folder, and from there MLflow, TensorBoard and W&B.
 
-The run writes its own files only; `trainer/mlflow_writer.py`, another process, carries them to MLflow, so that a
-slow or dead server never touches a step.
+The run writes its own files only; `trainer/carry.py`, another process, carries them on, so that a slow or dead
+server never touches a step.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,9 +12,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from configs.errors import InputError
 from configs.schema import Run
+from trainer.destination import Position
+
+# Fields of `Tracking` and packages at once; beside them the names people know. "mlflow" comes with the trainer.
+DESTINATIONS = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B"}
 
 
 class RunLog:
@@ -22,8 +28,8 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "events").mkdir(parents=True, exist_ok=True)
-        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._events = (folder / "events" / "rank-00000.jsonl").open("a", buffering=1)
+        self._metrics = _continued(folder / "metrics.jsonl")
+        self._events = _continued(folder / "events" / "rank-00000.jsonl")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of figures after `step` updates."""
@@ -39,33 +45,66 @@ class RunLog:
         self._events.close()
 
 
-class MlflowProcess:
-    """The process that carries a run's lines to MLflow while the run goes on."""
+def _continued(path: Path) -> TextIO:
+    """A file of JSON lines to append to; a line that a crash left half written is cut off first."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
+
+
+class CarryProcess:
+    """The process that carries a run's lines to MLflow, TensorBoard and W&B while the run goes on."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "trainer.mlflow_writer", str(folder), "--follow"]
-        log = (folder / "logs" / "mlflow.log").open("a")
-        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
-        log.close()
+        self._run, self._folder = run, folder
+        command = [sys.executable, "-m", "trainer.carry", str(folder), "--follow"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with (folder / "logs" / "carry.log").open("a") as log:
+            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
     def close(self, patience: float = 120.0) -> str | None:
         """Let it finish what is written.
 
         Returns:
-            None, or a sentence on what is missing in MLflow and where it still is.
+            None, or a sentence on which destinations miss something and where it still is.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()  # end of input: the run is over
         try:
-            code = self._process.wait(timeout=patience)
+            self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            code = -9
-        if code == 0:
+        if self._process.returncode == 0:
             return None
-        return "MLflow did not take everything (logs/mlflow.log says why); metrics.jsonl has all of it"
+        metrics = self._folder / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        missing = [DESTINATIONS[name] for name in wanted(self._run) if Position(self._folder, name).finished != size]
+        if not missing:
+            return None
+        return f"{' and '.join(missing)} did not take everything (logs/carry.log says why); metrics.jsonl has all of it"
+
+
+def wanted(run: Run) -> list[str]:
+    """The destinations that a run names beside its own files."""
+    return [name for name in DESTINATIONS if getattr(run.tracking, name)]
+
+
+def check_sinks(run: Run) -> None:
+    """Refuse a run whose figures are to go where a package is missing; call it before anything starts.
+
+    Raises:
+        InputError: naming the field, the package and how to get it.
+    """
+    for name in wanted(run):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # no origin: some folder of that name, W&B's own for example
+            raise InputError(
+                f"tracking.{name} = True: the package {name} is not installed; pip install {name}, or leave it out "
+                f"with --tracking.no-{name}"
+            )
 
 
 def tracking_uri(run: Run) -> str:
@@ -77,4 +116,4 @@ def tracking_uri(run: Run) -> str:
 
 def run_folder(run: Run) -> Path:
     """The folder that belongs to `run`."""
-    return Path(run.runs) / (run.name or run.recipe)
+    return Path(run.runs) / (run.name or run.recipe + ("-synthetic" if run.data.synthetic else ""))

@@ -144,6 +144,7 @@ def under_engine(case: dict[str, Any], member: cluster.Member) -> dict[str, Any]
     buffers = {name: value.tolist() for name, value in engine.model.named_buffers() if "running" in name}
     sums = {part.name: part.value.double().sum().item() for part in engine.fragments(owned=True)}
     average = {part.name: mark(part.moments["ema"], part.offset) for part in engine.fragments(owned=True)}
+    assert engine.average is not None
     with engine.evaluation() as forward:
         raw = evaluated(forward)
         with engine.averaged():

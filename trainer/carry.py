@@ -1,0 +1,102 @@
+"""Carries a run folder's lines to every destination the run names: `python -m trainer.carry RUN [--follow]`.
+
+Each destination has a thread and a position of its own: one that fails or hangs neither stops nor delays the others.
+A failed one is opened again from its position every half minute, and a last time when the run has ended.
+"""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from configs import resolve
+from configs.schema import Run
+from trainer.destination import Destination, Position, unread
+from trainer.track import DESTINATIONS, wanted
+
+POLL = 2.0  # seconds between two looks at the file
+RETRY = 30.0  # seconds until a failed destination is tried again
+
+
+def open_destination(name: str, folder: Path, run: Run, position: Position) -> Destination:
+    """The writer of a destination; its library is imported here and nowhere else."""
+    if name == "mlflow":
+        from trainer.mlflow_writer import MlflowWriter
+
+        return MlflowWriter(folder, run, position)
+    if name == "tensorboard":
+        from trainer.tensorboard_writer import TensorBoardWriter
+
+        return TensorBoardWriter(folder, run, position)
+    assert name == "wandb", name
+    from trainer.wandb_writer import WandbWriter
+
+    return WandbWriter(folder, run, position)
+
+
+def carry(name: str, folder: Path, run: Run, ended: threading.Event) -> bool:
+    """Carry a run folder's lines to one destination until `ended`; whether it has everything then."""
+    said = ""
+    while True:
+        last = ended.is_set()
+        try:
+            _session(name, folder, run, ended)
+            return True
+        except Exception:  # whatever a library or a server may throw must not reach the other destinations
+            problem = traceback.format_exc()
+        if problem != said:  # once as long as it stays the same
+            sys.stderr.write(f"{name}: will be tried again from where it stands\n{problem}")
+            said = problem
+        if last:
+            return False
+        ended.wait(RETRY)
+
+
+def _session(name: str, folder: Path, run: Run, ended: threading.Event) -> None:
+    """One destination from its opening to its end."""
+    position = Position(folder, name)
+    destination = open_destination(name, folder, run, position)
+    mark, last = destination.start, False
+    while not last:
+        last = ended.is_set()  # before the look, so that nothing written before the end is missed
+        lines, upto = unread(folder / "metrics.jsonl", mark)
+        if lines:
+            destination.take(lines, upto)
+            mark = upto
+        if not last:
+            ended.wait(POLL)
+    destination.finish(mark)
+    position.finish()
+
+
+def main(arguments: list[str]) -> int:
+    """Carry once, or with --follow until standard input ends, which it does when the run ends, however it ends.
+
+    Returns:
+        0, or 1 when some destination did not take everything.
+    """
+    folder, follow = Path(arguments[0]), "--follow" in arguments[1:]
+    os.nice(10)  # the training comes first
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of one call; the whole is tried again anyway
+    run = resolve.from_json((folder / "run.json").read_text())
+    ended = threading.Event()
+    if follow:
+        # A stop request is for the ranks: their last figures come after it.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+    else:
+        ended.set()
+    with ThreadPoolExecutor(max_workers=len(DESTINATIONS)) as threads:
+        results = [threads.submit(carry, name, folder, run, ended) for name in wanted(run)]
+        if follow:
+            sys.stdin.read()
+            ended.set()
+    return 0 if all(result.result() for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
