@@ -129,6 +129,18 @@ def already_built(out: str | Path, origin: Mapping[str, object]) -> Dataset | No
         return None  # of the same origin but incomplete: the caller builds it again
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        InputError: the system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made: {error.strerror}; choose another folder with --out") from error
+
+
 def split_of(group: str) -> str:
     """The split of a group: held-out for about 15 % of all hashes."""
     return "heldout" if int(_hash(group)[:8], 16) < HELDOUT_SHARE * 2**32 else "train"
@@ -171,7 +183,7 @@ def _label_counts(pictures: Sequence[Picture], classes: int) -> list[int]:
 @contextmanager
 def _claimed(root: Path) -> Iterator[None]:
     """`root` made, held by this process alone, and cleared of an earlier build, its manifest first."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     descriptor = os.open(root, os.O_RDONLY)
     try:
         try:

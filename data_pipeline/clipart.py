@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import InputError
-from data_pipeline.build import Picture, already_built, split_of, write_dataset
+from data_pipeline.build import Picture, already_built, make_folder, split_of, write_dataset
 from data_pipeline.decode import decode
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset
@@ -62,13 +62,14 @@ class _Clip:
 def clipart(out: str | Path, source: str | Path = "", short_side: int = 0) -> Dataset:
     """The clip art as a data set of many labels; about 15 % held out by the hash of the pixels.
 
-    Left out and counted in the data card: files that cannot be decoded or have more than 100 million pixels, labels of
-    fewer than 20 training pictures or without a held-out one, pictures that keep no label.
+    Left out and counted in the data card: files that cannot be decoded or have more than 100 million pixels
+    (`skipped`), labels of fewer than 20 training pictures or without a held-out one (`rare_labels`), pictures that keep
+    no label (`unlabelled`).
 
     Args:
         out: folder to write to.
         source: the .deb file or a folder of PNG files; empty fetches the package with `apt-get download`.
-        short_side: larger pictures are stored at this short side in pixels, encoded again; 0 keeps the files' bytes.
+        short_side: pixels; pictures with a larger one are stored at this size, encoded again; 0 keeps the files' bytes.
 
     Raises:
         InputError: no apt-get or dpkg-deb, no network, no such source or no pictures in it, a short side out of range,
@@ -91,13 +92,14 @@ def clipart(out: str | Path, source: str | Path = "", short_side: int = 0) -> Da
         clips, skipped = _clips(folder, short_side)
         vocabulary = _vocabulary(clips)
         kept = [clip for clip in clips if clip.labels & vocabulary.keys()]
-        card = origin | package | {
+        labels = {label for clip in clips for label in clip.labels}
+        left_out = {
             "skipped": skipped,
             "unlabelled": len(clips) - len(kept),
-            "rare_labels": len({label for clip in clips for label in clip.labels}) - len(vocabulary),
-        }  # fmt: skip
+            "rare_labels": len(labels - vocabulary.keys()),
+        }
         pictures = [_picture(clip, vocabulary) for clip in kept]
-        return write_dataset(pictures, out, list(vocabulary), "multi", card, SHARD)
+        return write_dataset(pictures, out, list(vocabulary), "multi", package | origin | left_out, SHARD)
 
 
 def _identity(source: Path) -> str:
@@ -132,7 +134,7 @@ def _unpacked(source: Path | None, out: Path) -> Iterator[tuple[Path, dict[str, 
     for tool in ("dpkg-deb",) if source is not None else ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise InputError(f"--source clipart: needs Debian's or Ubuntu's {tool}, which is not here; {ELSEWHERE}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     # Beside the data set: there is room for 300 MB more, which a system's temporary folder may not have.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         root = Path(name)
@@ -201,14 +203,15 @@ def _pixels(path: Path, short_side: int) -> _Pixels:
         return _Pixels("")  # counted in the data card
     pixels_HWC = np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
     height, width = pixels_HWC.shape[:2]
-    content = hashlib.sha256(f"{height} x {width}".encode() + pixels_HWC.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{height} x {width}".encode())
+    digest.update(pixels_HWC.data)
     shrink = short_side / min(height, width) if short_side else 1.0
     if shrink >= 1:
-        return _Pixels(content)
+        return _Pixels(digest.hexdigest())
     size = round(width * shrink), round(height * shrink)
     file = io.BytesIO()
     Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC).save(file, format="PNG")
-    return _Pixels(content, file.getvalue())
+    return _Pixels(digest.hexdigest(), file.getvalue())
 
 
 def _labels(folder: Path) -> list[str]:

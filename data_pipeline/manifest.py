@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from configs.errors import unknown
+from configs.errors import InputError, unknown
 from data_pipeline.errors import DataError
 from data_pipeline.shard import OpenShards, sidecar_bytes, sidecar_path
 
@@ -87,6 +87,10 @@ class Dataset:
         Raises:
             InputError: there is none of that name.
         """
+        if name not in self.splits and name in ("train", "heldout"):
+            raise InputError(
+                f"{self.root}: has no split {name!r}, only {', '.join(self.splits)}; build the data set again with both"
+            )
         if name not in self.splits:
             raise unknown(f"split of {self.root}", name, self.splits)
         return self.splits[name]

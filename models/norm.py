@@ -107,7 +107,7 @@ def configure(model: nn.Module, *, group: int, process_group: dist.ProcessGroup 
         layer.process_group = None if alone else process_group
 
 
-def commit(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+def commit(model: nn.Module, process_group: dist.ProcessGroup | None = None, healthy: Tensor | None = None) -> None:
     """Move the running statistics by the mean over all groups since the last commit, and forget those groups.
 
     running = (1 - momentum) * running + momentum * mean over groups, once per optimizer step, so that neither
@@ -116,6 +116,7 @@ def commit(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     Args:
         model: as in `configure`.
         process_group: ranks to average over; None: all ranks where torch.distributed is initialised, else none.
+        healthy: () bool on the device; where it is false the groups are forgotten and nothing moves.
 
     Raises:
         RuntimeError: a layer has seen no training pass since the last commit, or fewer than another has.
@@ -133,9 +134,9 @@ def commit(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     means = flat[:-1] / flat[-1]
     with torch.no_grad():
         for layer, part in zip(layers, torch.split(means, [len(total) for total in sums]), strict=True):
-            mean, variance = part.view(2, -1)
-            layer.running_mean.lerp_(mean, layer.momentum)
-            layer.running_var.lerp_(variance, layer.momentum)
+            for running, new in zip((layer.running_mean, layer.running_var), part.view(2, -1), strict=True):
+                moved = torch.lerp(running, new, layer.momentum)
+                running.copy_(moved if healthy is None else torch.where(healthy, moved, running))
             layer.pending, layer.pending_groups = None, 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,7 +34,11 @@ FORMAT = 1
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be written or used; the message names the file and the reason."""
+    """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; another try may succeed, so this is a crash and not bad input."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def save(
     """Write one checkpoint, all ranks together; on any rank's failure nothing is left and all ranks know why.
 
     Raises:
-        CheckpointError: some rank could not write; older checkpoints are untouched.
+        SaveError: some rank could not write; older checkpoints are untouched.
     """
     final = step_folder(root, step)
     aside = final.with_suffix(".partial")
@@ -161,14 +165,25 @@ def load_buffers(path: Path, wanted: dict[str, Tensor]) -> None:
             buffer.copy_(value)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and what interrupted saves left behind."""
-    complete = [path for path in sorted(root.glob("step-????????")) if (path / "COMPLETE").exists()]
-    for path in complete[:-keep]:
-        (path / "COMPLETE").unlink()  # first, so that a half-deleted folder never counts
-        shutil.rmtree(path)
-    for path in root.glob("step-*.partial"):
-        shutil.rmtree(path)
+def prune(root: Path, keep: int, step: int) -> list[str]:
+    """Delete all but the newest `keep` checkpoints up to the one of `step`, which was just written.
+
+    Those of later steps belong to a past that was passed over as damaged; they and what interrupted saves left
+    behind go too.
+
+    Returns:
+        What could not be deleted, a sentence each; training need not end for it.
+    """
+    found = sorted(root.glob("step-????????"))
+    good = [path for path in found if (path / "COMPLETE").exists() and path <= step_folder(root, step)]
+    problems = []
+    for path in [path for path in found if path not in good[-keep:]] + list(root.glob("step-*.partial")):
+        try:
+            (path / "COMPLETE").unlink(missing_ok=True)  # first, so that a half-deleted folder never counts
+            shutil.rmtree(path)
+        except OSError as error:
+            problems.append(f"could not delete {path}: {error}")
+    return problems
 
 
 class _Sources:
@@ -206,7 +221,7 @@ def _attempt(work: Any) -> str:
     """Do `work`; the reason if the disk or the system refused."""
     try:
         work()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -219,7 +234,7 @@ def _agree(failure: str, member: Member, aside: Path, report: Any = None) -> lis
     if bad:
         if member.first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"could not save {aside}: {'; '.join(bad)}. Older checkpoints are untouched")
+        raise SaveError(f"could not save {aside}: {'; '.join(bad)}. Older checkpoints are untouched")
     return [part for _, part in answers]
 
 

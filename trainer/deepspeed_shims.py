@@ -88,9 +88,20 @@ def publish(engine: Any, stage: int) -> None:
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Tell AdamW how many updates it has made: the moments' bias correction depends on it."""
-    inner = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
-    for state in inner.state.values():
+    for state in _adamw(engine).state.values():
         state["step"].fill_(step)
+
+
+def optimizer_step(engine: Any) -> int:
+    """How many updates AdamW has made. Waits for the device."""
+    state = _adamw(engine).state
+    return int(next(iter(state.values()))["step"]) if state else 0
+
+
+def _adamw(engine: Any) -> torch.optim.Optimizer:
+    """The AdamW inside DeepSpeed's wrapper, or the one it uses as it is under ZeRO-0."""
+    inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return inner
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from configs import resolve
 from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, cost, drop_path, spec
+from trainer import network
 from trainer.engine import deepspeed_config
 from trainer.fit import Memory
 from trainer.ledger import P_REF, U_REF
@@ -16,7 +17,7 @@ from trainer.plan import Layout
 def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available: int) -> str:
     """The resolved configuration, layout, DeepSpeed's JSON, parameter groups, schedule, counts, data and memory."""
     found = spec.get(run.model.name)
-    counts = cost.count(found, run.model.resolution, run.model.stride, dataset.classes)
+    counts = cost.count(found, run.model.resolution, network.stride(run), dataset.classes)
     split = dataset.split("train")
     images = resolve.total_steps(run, split.samples) * run.data.global_batch
     flops = 6 * counts.multiply_adds * images
@@ -71,7 +72,7 @@ def schedule(run: Run, samples: int) -> str:
 
 def rates(run: Run, classes: int) -> str:
     """The drop rate of the first and the last blocks."""
-    blocks = [b for b in cost.count(spec.get(run.model.name), run.model.resolution, run.model.stride, classes).blocks
+    blocks = [b for b in cost.count(spec.get(run.model.name), run.model.resolution, network.stride(run), classes).blocks
               if b.stage not in ("s0", "head")]  # fmt: skip
     values = drop_path.rates(len(blocks), run.model.drop_path)
     return f"{len(blocks)} blocks, {values[0]:.3f} in {blocks[0].name} to {values[-1]:.3f} in {blocks[-1].name}"

@@ -117,18 +117,23 @@ class Engine:
     def update(self, learning_rate: float) -> Tensor:
         """Clip by the global norm, apply AdamW at `learning_rate`, clear the gradients.
 
+        Where the norm is not finite the weights and moments stay as they are: ZeRO 1-3 leave the step out by
+        themselves, AdamW's kernel does it under ZeRO-0.
+
         Returns:
-            The gradient's global norm before clipping, on the device or the host, wherever DeepSpeed has it.
+            () the gradient's global norm before clipping, on the device.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero == 0:
             limit = self.clip_norm or math.inf
             norm = torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+            self._engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
             self._engine.step()
             return norm
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm())
+        found = math.inf if self._engine.optimizer.overflow else self._engine.get_global_grad_norm()
+        return torch.as_tensor(found, device=self.member.device)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[Any]:
@@ -167,9 +172,14 @@ class Engine:
         averages = self.average.buffers if self.average is not None else {}
         return running_statistics(self.model) | {AVERAGE + name: value for name, value in averages.items()}
 
-    def restored(self, step: int) -> None:
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made: the steps taken, less those left out for a gradient that was not finite."""
+        return shims.optimizer_step(self._engine)
+
+    def restored(self, updates: int) -> None:
         """Let parameters and optimizer follow fragments that were just overwritten. A collective call."""
-        shims.set_optimizer_step(self._engine, step)
+        shims.set_optimizer_step(self._engine, updates)
         shims.publish(self._engine, self.zero)
 
     def write_config(self, folder: Path) -> None:

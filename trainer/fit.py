@@ -10,6 +10,7 @@ from torch import Tensor
 from configs.errors import InputError
 from configs.schema import Run
 from models import coatnet, norm, spec
+from trainer import network
 from trainer.plan import Layout
 
 FIXED = 1_500_000_000  # bytes of a CUDA context, libraries and communication buffers; an assumption
@@ -40,7 +41,7 @@ def estimate(run: Run, plan: Layout, classes: int) -> Memory:
     forward pass of the real network on the meta device saves for its backward pass; bf16 halves them.
     """
     model = coatnet.build(
-        spec.get(run.model.name), resolution=run.model.resolution, classes=classes, stride=run.model.stride,
+        spec.get(run.model.name), resolution=run.model.resolution, classes=classes, stride=network.stride(run),
         attention="explicit",
     )  # fmt: skip
     parameters, world, stage = sum(parameter.numel() for parameter in model.parameters()), plan.world, run.parallel.zero

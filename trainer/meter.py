@@ -25,39 +25,51 @@ class Meter:
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     waited: float = 0.0  # seconds this rank stood waiting for data
-    loss: torch.Tensor | None = None  # sum of the steps' losses, on the device
+    sums: torch.Tensor | None = None  # on the device: losses of the healthy steps, their number
+    skipped: torch.Tensor | None = None  # on the device: steps in a row, up to now, that were left out
 
-    def step(self, loss: torch.Tensor, waited: float) -> None:
+    def step(self, loss: torch.Tensor, healthy: torch.Tensor, waited: float) -> None:
         """Count one step; never waits for the device."""
-        self.loss = loss if self.loss is None else self.loss + loss
+        part = torch.stack([torch.where(healthy, loss, 0.0), healthy.float()])
+        self.sums = part if self.sums is None else self.sums + part
+        before = torch.zeros_like(loss) if self.skipped is None else self.skipped
+        self.skipped = torch.where(healthy, 0.0, before + 1)
         self.steps += 1
         self.waited += waited
 
     def restart(self) -> None:
         """Begin a new interval, after a log line or after time that was not training (evaluation, save)."""
-        self.started, self.steps, self.waited, self.loss = time.perf_counter(), 0, 0.0, None
+        self.started, self.steps, self.waited, self.sums = time.perf_counter(), 0, 0.0, None
 
     def metrics(self) -> dict[str, float]:
         """Mean rates of the interval under the names of DESIGN.md.
 
-        A collective call that waits for the device: the loss is the mean over all ranks, the same on each.
+        A collective call that waits for the device: the loss is the mean over all ranks, the same on each; it is
+        left out when no step of the interval was healthy.
         """
-        assert self.loss is not None, "metrics of an interval without steps"
-        total = self.loss.double().cpu()
+        assert self.sums is not None, "metrics of an interval without steps"
+        total = self.sums.double().cpu()
         dist.all_reduce(total, group=self.member.control)
-        loss = float(total) / (self.steps * self.member.world)
+        loss, healthy = float(total[0]), float(total[1])
         seconds = time.perf_counter() - self.started
         rate = self.steps * self.global_batch / seconds
         values = {
-            "train/loss": loss,
+            "train/skipped_steps": self.steps - healthy / self.member.world,
             "data/wait_fraction": self.waited / seconds,
             "perf/images_per_second": rate,
             "perf/images_per_second_per_device": rate / self.member.world,
             "memory/peak_bytes": float(peak_bytes(self.member.device)),
         }
+        if healthy:
+            values["train/loss"] = loss / healthy
         if self.member.peak is not None:
             values["perf/mfu"] = 6.0 * self.multiply_adds * rate / (self.member.world * self.member.peak)
         return values
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps up to now whose update was left out. Waits for the device."""
+        return 0 if self.skipped is None else int(self.skipped)
 
 
 def peak_bytes(device: torch.device) -> int:

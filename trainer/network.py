@@ -6,6 +6,7 @@ from torch import Tensor
 from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, norm, spec
+from models.spec import Stride
 from trainer import cluster
 from trainer.plan import Layout
 
@@ -24,13 +25,18 @@ def head_bias(run: Run, dataset: Dataset) -> Tensor | float:
     return torch.logit(share).float()
 
 
+def stride(run: Run) -> Stride | None:
+    """The stride placement that the run asks for; None is the model's own."""
+    return None if run.model.stride == "auto" else run.model.stride
+
+
 def bare(run: Run, classes: int, device: torch.device, bias: Tensor | float = 0.0) -> coatnet.CoAtNet:
     """The network with its initial weights; they depend on the seed and the parameters' names alone."""
     model = coatnet.build(
         spec.get(run.model.name),
         resolution=run.model.resolution,
         classes=classes,
-        stride=run.model.stride,
+        stride=stride(run),
         drop_path=run.model.drop_path,
         norm_momentum=run.norm.momentum,
         attention=run.model.attention,

@@ -13,7 +13,7 @@ class ProgressLine:
 
     def __init__(self, name: str, steps: int, shown: bool) -> None:
         self._shown, self._name, self._steps = shown, name, steps
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
         self._first, self._started = 0, time.perf_counter()
         self._live: Progress | None = None
         self._task = TaskID(0)
@@ -35,8 +35,9 @@ class ProgressLine:
             return
         gone = time.perf_counter() - self._started
         left = gone / max(1, step - self._first) * (self._steps - step)
+        loss = f"{values['train/loss']:.4f}" if "train/loss" in values else "not finite"
         text = (
-            f"step {step}/{self._steps}  loss {values['train/loss']:.4f}  "
+            f"step {step}/{self._steps}  loss {loss}  "
             f"{values['perf/images_per_second']:.1f} images/s  ETA {clock(left)}"
         )
         if self._live is not None:

@@ -1,12 +1,11 @@
 """A run in progress on one rank: its parts, its place in the schedule, and what is written down about it."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from configs import resolve
 from configs.schema import Run
@@ -21,6 +20,8 @@ from trainer.ledger import Ledger
 from trainer.meter import Meter
 from trainer.progress import ProgressLine
 from trainer.track import RunLog
+
+PATIENCE = 5  # steps in a row without a finite gradient until a run counts as diverged
 
 
 @dataclass
@@ -70,22 +71,25 @@ class Session:
         self.held_since = now
 
     def log_line(self, rate: float, grad_norm: float) -> bool:
-        """Write the interval's figures everywhere; false when the loss or the gradient is not a number."""
+        """Write the interval's figures everywhere; false when the run has diverged."""
         self.count_device_time()
         values = self.meter.metrics()
-        values |= {"train/lr": rate, "train/grad_norm": grad_norm, **self.ledger.metrics()}
+        values |= {"train/lr": rate, **self.ledger.metrics()}
+        if math.isfinite(grad_norm):
+            values["train/grad_norm"] = grad_norm
         self.meter.restart()
         self.latest = values
         if self.log is not None:
             self.log.metrics(self.step, values)
             self.line.show(self.step, values)
-        healthy = bool(torch.isfinite(torch.tensor([values["train/loss"], grad_norm])).all())
-        if not healthy:
-            self.line.say(
-                f"diverged at or before step {self.step}: loss {values['train/loss']}, gradient norm {grad_norm}; "
-                f"nothing was saved since. Lower optim.lr or lengthen the warm-up, under another --name"
-            )
-        return healthy
+        bad = self.meter.skipped_in_a_row
+        if bad < PATIENCE:
+            return True
+        self.line.say(
+            f"diverged: the gradients of the last {bad} steps up to {self.step} were not finite and their updates "
+            f"were left out. Lower optim.lr or lengthen the warm-up, under another --name"
+        )
+        return False
 
     def save(self) -> None:
         """Save a checkpoint, all ranks together, and delete those no longer kept."""
@@ -93,6 +97,7 @@ class Session:
         began = time.perf_counter()
         state = {
             "step": self.step,
+            "updates": self.engine.updates,
             "order": self.order.state(self.step * self.run.data.global_batch, self.split.fingerprint),
             "ledger": self.ledger.state(),
             "config": resolve.digest(self.run),
@@ -104,7 +109,8 @@ class Session:
         root, engine = self.folder / "checkpoints", self.engine
         checkpoint.save(root, self.step, state, engine.fragments(owned=True), engine.buffers(), self.member)
         if self.member.first:
-            checkpoint.prune(root, self.run.checkpoint.keep)
+            for problem in checkpoint.prune(root, self.run.checkpoint.keep, self.step):
+                self.line.say(problem)
             self.event("save", seconds=time.perf_counter() - began)
         self.meter.restart()
 

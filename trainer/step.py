@@ -22,6 +22,7 @@ class StepResult(NamedTuple):
 
     loss: Tensor  # mean over this rank's samples
     grad_norm: Tensor  # global, before clipping
+    healthy: Tensor  # () bool: the gradient is finite, the update was made
     waited: float  # seconds spent waiting for data
 
 
@@ -50,7 +51,8 @@ def train_step(
             drop = drop_path.scales(cpu_batch.seeds_B, model.drop_rates).to(device, non_blocking=True)
         total += engine.forward_backward(images, wanted, loss_of, drop_SB=drop, run=blocks)
     grad_norm = engine.update(learning_rate)
-    norm.commit(model)
+    healthy = torch.isfinite(grad_norm)
+    norm.commit(model, healthy=healthy)
     if engine.average is not None:
         engine.average.update(step)
-    return StepResult(total / engine.layout.accumulation, grad_norm, waited)
+    return StepResult(total / engine.layout.accumulation, grad_norm, healthy, waited)

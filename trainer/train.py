@@ -65,13 +65,13 @@ def prepare(run: Run, member: cluster.Member, began: float) -> Session:
 
     bias = network.head_bias(run, dataset)
     engine = Engine(network.in_layout(run, dataset.classes, plan, member, bias), run, plan, member)
-    counts = cost.count(spec.get(run.model.name), run.model.resolution, run.model.stride, dataset.classes)
+    counts = cost.count(spec.get(run.model.name), run.model.resolution, network.stride(run), dataset.classes)
     ledger = Ledger(counts.multiply_adds, member.peak)
     step = 0
     if saved is not None:
         step = saved.step
         checkpoint.restore(saved, engine.fragments(owned=False), engine.buffers())
-        engine.restored(step)
+        engine.restored(int(saved.state["updates"]))
         ledger.resume(saved.state["ledger"])
 
     session = Session(
@@ -136,24 +136,28 @@ def loop(session: Session, stop: StopFlag) -> int:
         session.step += 1
         result = train_step(session.engine, batches, run, session.dataset.classes, rate, session.step)
         session.ledger.images += run.data.global_batch
-        session.meter.step(result.loss, result.waited)
-        if session.due(run.tracking.log_every) and not session.log_line(rate, float(result.grad_norm)):
+        session.meter.step(result.loss, result.healthy, result.waited)
+        stopping = stop.agreed(session.member)
+        saving = (stopping or session.due(run.checkpoint.every)) and not run.data.synthetic
+        scoring = session.step < session.end and run.evaluate.every > 0 and session.due(run.evaluate.every)
+        # A save or an evaluation ends the interval of the figures, and no diverged state is saved.
+        logging = saving or scoring or session.due(run.tracking.log_every)
+        if logging and not session.log_line(rate, float(result.grad_norm)):
             code = DIVERGED
             break
-        stopping = stop.agreed(session.member)
-        if (stopping or session.due(run.checkpoint.every)) and not run.data.synthetic:
+        if saving:
             session.save()
+        if scoring:
+            session.score()
         if stopping:
             code = STOPPED
             break
-        if session.step < session.end and run.evaluate.every and session.due(run.evaluate.every):
-            session.score()
     stop.finish()
     return code
 
 
 def close(session: Session, writer: CarryProcess | None, code: int) -> None:
-    """Mark the end, let MLflow have the rest, and leave together: who exits early would look like a crash."""
+    """Mark the end and leave together; the first rank stays behind until the writer has carried the rest."""
     whole = code == DONE and session.end == session.steps
     if session.log is not None:
         if code == DONE:
@@ -162,14 +166,15 @@ def close(session: Session, writer: CarryProcess | None, code: int) -> None:
         if whole:
             (session.folder / "done").write_text(f"{session.step}\n")
         session.event({DONE: "done" if whole else "end", STOPPED: "stop", DIVERGED: "diverged"}[code])
-        problem = writer.close() if writer is not None else None
+    dist.barrier(group=session.member.control)  # who leaves early looks like a crash to the others
+    cluster.leave()
+    if session.log is not None:
+        session.log.close()
+        problem = writer.close(patience=20.0 if code == STOPPED else 120.0) if writer is not None else None
         if problem:
             session.line.say(problem)
         if code == STOPPED:
             session.line.say(f"stopped on request at step {session.step}, saved; the same command continues")
-        session.log.close()
-    dist.barrier(group=session.member.control)
-    cluster.leave()
 
 
 def main(arguments: list[str]) -> int:

@@ -69,12 +69,16 @@ def plain(case: dict[str, Any]) -> dict[str, Any]:
     for step in range(STEPS):
         images, wanted, seeds = global_batch(step)
         optimizer.zero_grad()
-        logits = model(images, drop_path.scales(seeds, model.drop_rates) if run.model.drop_path else None)
+        drop = drop_path.scales(seeds, model.drop_rates) if run.model.drop_path else None
+        logits = model(images.contiguous(memory_format=torch.channels_last), drop)
         loss = loss_function("softmax")(logits, wanted)
         torch.autograd.backward(loss)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm)))
-        optimizer.step()
-        norm.commit(model)
+        if step == case.get("poisoned_at"):  # what a poisoned step must come to: nothing
+            norm.commit(model, healthy=torch.tensor(False))
+        else:
+            optimizer.step()
+            norm.commit(model)
         kept = min(0.9, (2 + step) / (11 + step))
         for name, value in state(model).items():
             averages[name] = kept * averages[name] + (1 - kept) * value.detach()
@@ -126,6 +130,8 @@ def under_engine(case: dict[str, Any], member: cluster.Member) -> dict[str, Any]
             engine = restarted(engine, run, step, Path(case["folder"]), member)
         total = torch.zeros(())
         images, wanted, seeds = global_batch(step)
+        if step == case.get("poisoned_at"):
+            images[-1, 0, 5, 5] = torch.inf  # of the last rank alone
         for low, high in plan.slices(member.rank):
             model = engine.model
             assert isinstance(model, coatnet.CoAtNet)
@@ -134,8 +140,9 @@ def under_engine(case: dict[str, Any], member: cluster.Member) -> dict[str, Any]
             total += engine.forward_backward(
                 inputs, wanted[low:high], loss_function("softmax"), drop_SB=drop, run=run_block(run.parallel.recompute)
             )
-        norms.append(float(engine.update(learning_rate(run.optim, step, STEPS, 0))))
-        norm.commit(engine.model)
+        grad_norm = engine.update(learning_rate(run.optim, step, STEPS, 0))
+        norms.append(float(grad_norm))
+        norm.commit(engine.model, healthy=torch.isfinite(grad_norm))
         assert engine.average is not None
         engine.average.update(step + 1)
         total /= plan.accumulation
@@ -166,14 +173,16 @@ def under_engine(case: dict[str, Any], member: cluster.Member) -> dict[str, Any]
 
 def restarted(engine: Engine, run: Run, step: int, folder: Path, member: cluster.Member) -> Engine:
     """Save, throw the engine away, build another from other weights, restore."""
-    checkpoint.save(folder, step, {"step": step}, engine.fragments(owned=True), engine.buffers(), member)
+    checkpoint.save(
+        folder, step, {"step": step, "updates": engine.updates}, engine.fragments(owned=True), engine.buffers(), member
+    )
     saved = checkpoint.newest(folder, member)
     assert saved is not None
     other = replace(run, seed=99)
     plan = layout(run, member.world)
     fresh = Engine(network.in_layout(other, CLASSES, plan, member), run, plan, member)
     checkpoint.restore(saved, fresh.fragments(owned=False), fresh.buffers())
-    fresh.restored(step)
+    fresh.restored(saved.state["updates"])
     return fresh
 
 

@@ -1,6 +1,7 @@
 """Every ZeRO stage, with and without recomputation, accumulation and restart, does what one plain process does."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-full": {"zero": 3, "recompute": "full"},
     "zero1-group-over-two-ranks": {"zero": 1, "micro_batch": 4},
     "zero3-full-group-over-two-ranks": {"zero": 3, "recompute": "full", "micro_batch": 4},
+    "zero0-group-over-two-ranks": {"zero": 0, "micro_batch": 4},
+    "zero2-group-over-two-ranks": {"zero": 2, "micro_batch": 4},
     "zero0-restarted": {"zero": 0, "restart_at": 7},
     "zero1-restarted": {"zero": 1, "restart_at": 7},
     "zero2-restarted": {"zero": 2, "restart_at": 7},
     "zero3-restarted": {"zero": 3, "restart_at": 7},
+    "zero0-poisoned": {"zero": 0, "poisoned_at": 4, "restart_at": 7},
+    "zero2-poisoned": {"zero": 2, "poisoned_at": 4, "restart_at": 7},
+    "zero3-poisoned": {"zero": 3, "recompute": "full", "poisoned_at": 4, "restart_at": 7},
     # last: DeepSpeed remembers for the whole process that autocast was once switched on
     "zero1-bf16": {"zero": 1, "dtype": "bf16"},
     "zero3-full-bf16": {"zero": 3, "dtype": "bf16", "recompute": "full"},
@@ -50,10 +56,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        cases = {"plain": {"plain": True, "zero": 0}, "one-rank": {"zero": 3}}
+        cases = {
+            "plain": {"plain": True, "zero": 0},
+            "poisoned": {"plain": True, "zero": 0, "poisoned_at": 4},
+            "one-rank": {"zero": 3},
+        }
         found = run(cases, 1, tmp_path_factory.mktemp("one"), patch)[0]
     assert found["plain"]["losses"] == pytest.approx(found["one-rank"]["losses"], abs=1e-4)
-    return found["plain"]
+    return {**found["plain"], "poisoned": found["poisoned"]}
 
 
 def largest(a: list[float], b: list[float]) -> float:
@@ -65,9 +75,14 @@ def test_reference_learns(reference: dict[str, Any]) -> None:
     assert last < 0.9 * first
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "bf16" not in name])
+PLAIN = [name for name in CASES if "bf16" not in name and "poisoned" not in name]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_losses_equal_one_plain_process(name: str, answers: list[Answer], reference: dict[str, Any]) -> None:
     for rank in answers:
+        # Rounding flips the choice of a max-pool sooner or later; until then the losses are equal to the last digits.
+        assert largest(rank[name]["losses"][:12], reference["losses"][:12]) < 1e-5
         assert largest(rank[name]["losses"], reference["losses"]) < 1e-4
         assert rank[name]["norms"][0] == pytest.approx(reference["norms"][0], rel=1e-6)
 
@@ -80,7 +95,7 @@ def test_bf16_stays_near(name: str, answers: list[Answer], reference: dict[str, 
     assert answers[0][name]["norms"][0] == pytest.approx(reference["norms"][0], rel=0.02)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", [name for name in CASES if "poisoned" not in name])
 def test_batchnorm_statistics(name: str, answers: list[Answer], reference: dict[str, Any]) -> None:
     mine, other = answers[0][name]["buffers"], answers[1][name]["buffers"]
     assert mine == other  # on all ranks to the bit
@@ -93,7 +108,7 @@ def test_batchnorm_statistics(name: str, answers: list[Answer], reference: dict[
         assert mine[buffer] == pytest.approx(values, rel=1e-3, abs=loose), buffer
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "bf16" not in name])
+@pytest.mark.parametrize("name", PLAIN)
 def test_averaged_weights_equal_a_gathered_reference(
     name: str, answers: list[Answer], reference: dict[str, Any]
 ) -> None:
@@ -126,6 +141,20 @@ def test_restart_is_bitwise(stage: int, answers: list[Answer]) -> None:
         assert restarted["buffers"] == through["buffers"]
         assert restarted["average"] == through["average"]
         assert restarted["average_buffers"] == through["average_buffers"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_step_without_a_finite_gradient_changes_nothing(
+    stage: int, answers: list[Answer], reference: dict[str, Any]
+) -> None:
+    expected = reference["poisoned"]
+    for rank in answers:
+        found = rank[f"zero{stage}-poisoned"]
+        assert math.isinf(found["norms"][4]) or math.isnan(found["norms"][4])
+        assert largest(found["losses"][5:14], expected["losses"][5:14]) < 1e-5
+        for buffer, values in expected["buffers"].items():
+            loose = 20 * 1e-3 if buffer == "blocks.s0.0.norm.running_mean" else 2e-3
+            assert found["buffers"][buffer] == pytest.approx(values, rel=1e-2, abs=loose), buffer
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

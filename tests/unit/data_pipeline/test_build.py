@@ -1,12 +1,14 @@
 """Building: repeatable to the byte, quick when done, never whole-looking before it is whole."""
 
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,41 @@ def test_a_killed_build_is_not_a_data_set_and_is_started_again(tmp_path: Path) -
     write_dataset(quick(), other, ["a"], "single", {"source": "slow"}, 10)
     assert contents(out) == contents(other)
     assert verify(out).problems == ()
+
+
+def test_labels_are_counted_in_the_training_split(tmp_path: Path) -> None:
+    labels = [(0,), (), (0, 2), (2,)]
+    many = [replace(picture, labels=labels[number % 4]) for number, picture in enumerate(quick())]
+    dataset = write_dataset(many, tmp_path / "out", ["a", "b", "c"], "multi", {}, 50)
+    read = [found for _, _, found in samples(dataset, "train")]
+    counts = tuple(sum(label in found for found in read) for label in range(3))
+    assert dataset.label_counts == counts
+    assert counts[1] == 0 < min(counts[0], counts[2]) < max(counts[0], counts[2]) < dataset.split("train").samples
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], [1, 2, -1], [1, 2, 3.0], [1, 2, True], {"a": 1}, 3, "123"])
+def test_wrong_label_counts_are_refused(dataset: Dataset, tmp_path: Path, wrong: object) -> None:
+    root = Path(shutil.copytree(dataset.root, tmp_path / "copy"))
+    content = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps(content | {"label_counts": wrong}))
+    with pytest.raises(DataError, match="label_counts must be a list of 3 whole numbers"):
+        open_dataset(root)
+
+
+def test_label_counts_may_be_absent_but_not_false(dataset: Dataset, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(dataset.root, tmp_path / "copy"))
+    content = json.loads((root / "manifest.json").read_text())
+    counts = content.pop("label_counts")
+    assert sum(counts) == dataset.split("train").samples
+    (root / "manifest.json").write_text(json.dumps(content))
+    old = open_dataset(root)
+    assert old.label_counts is None
+    assert old.split("train").fingerprint == dataset.split("train").fingerprint
+    assert verify(root).problems == ()
+    (root / "manifest.json").write_text(json.dumps(content | {"label_counts": [counts[0] - 1, *counts[1:]]}))
+    assert open_dataset(root).label_counts != dataset.label_counts
+    (problem,) = verify(root).problems
+    assert "label_counts are not those of the samples" in problem
 
 
 def test_order_of_the_input_does_not_matter(tmp_path: Path) -> None:
@@ -161,6 +198,12 @@ def test_nothing_foreign_is_overwritten(tmp_path: Path) -> None:
     assert os.listdir(out) == ["thesis.tex"]
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"file/out: cannot be made: Not a directory; choose another folder"):
+        write_dataset(quick(), tmp_path / "file" / "out", ["a"], "single", {}, 10)
+
+
 def test_a_damaged_manifest_is_not_taken_for_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="delete the folder or choose another"):
@@ -188,6 +231,7 @@ def test_wrong_sources_are_refused(tmp_path: Path, source: str, path: str, said:
         (Picture("k" * 91, "png", (0,), "", bytes), "at most 90"),
         (Picture("x", "gif", (0,), "", bytes), "extension 'gif'"),
         (Picture("x", "png", (1,), "", bytes), "labels (1,)"),
+        (Picture("x", "png", (-1,), "", bytes), "must be from 0 to 0"),
         (Picture("x", "png", (0, 0), "", bytes), "2 labels"),
     ],
 )
@@ -196,6 +240,11 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, wrong: Pict
         write_dataset([*quick(), wrong], tmp_path / "out", ["a"], "single", {}, 10)
     assert said in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_named_twice_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must not name a class twice"):
+        write_dataset([*quick(), Picture("x", "png", (0, 0), "", bytes)], tmp_path / "out", ["a"], "multi", {}, 10)
 
 
 def test_a_split_without_pictures_is_refused(tmp_path: Path) -> None:

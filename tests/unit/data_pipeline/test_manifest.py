@@ -143,6 +143,12 @@ def test_numbers_out_of_range_are_refused(copy: Path, samples: int, size: int) -
         open_dataset(copy)
 
 
+def test_an_empty_split_is_refused(copy: Path) -> None:
+    change_rows(copy, [])
+    with pytest.raises(DataError, match=r"split 'train' is empty, .* build the data set again with more pictures"):
+        open_dataset(copy)
+
+
 def test_a_shard_listed_twice_is_refused(copy: Path) -> None:
     rows = list(open_dataset(copy).split("train").rows)
     change_rows(copy, [rows[0], rows[0]])

@@ -177,6 +177,22 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path, run_of: RunOf
         next(train_loader(data, run_of(), order_of(data, run_of()), [(0, 12)], 0, 1))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_outside_the_vocabulary_is_named(dataset: Dataset, run_of: RunOf, workers: int) -> None:
+    fewer = replace(dataset, vocabulary=dataset.vocabulary[:2])  # as if the manifest and the shards were of two builds
+    wanted = r"shard-\d+\.tar: sample \d at byte \d+: key 'class/picture-\d+': labels \[2\]: .* from 0 to 1"
+    with pytest.raises(DataError, match=wanted):
+        next(train_loader(fewer, run_of(workers), order_of(dataset, run_of()), [(0, 12)], 0, 1))
+    with pytest.raises(DataError, match=wanted):
+        list(heldout_loader(fewer, "heldout", run_of(workers), 0, 1))
+
+
+def test_a_data_set_without_a_held_out_split_is_refused(dataset: Dataset, run_of: RunOf) -> None:
+    without = replace(dataset, splits={"train": dataset.split("train")})
+    with pytest.raises(InputError, match=r"has no split 'heldout', only train; .*"):
+        heldout_loader(without, "heldout", run_of(), 0, 1)
+
+
 LOADING = """
 import sys, time
 from configs.schema import Augment, Cluster, Data, Model, Run

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError
+from trainer.checkpoint import CheckpointError, SaveError
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
 from trainer.ema import running_statistics
@@ -108,7 +110,7 @@ def test_failed_save_leaves_older_ones_and_no_rest(tmp_path: Path, member: Membe
     saved(tmp_path, 1, member)
     blocked = tmp_path / "step-00000002"
     blocked.write_text("a file where the folder should go")
-    with pytest.raises(CheckpointError, match="could not save"):
+    with pytest.raises(SaveError, match="could not save"):
         saved(tmp_path, 2, member)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
     blocked.unlink()
@@ -117,22 +119,42 @@ def test_failed_save_leaves_older_ones_and_no_rest(tmp_path: Path, member: Membe
     assert found.step == 1
 
 
+def test_full_disk_is_told_to_all_and_leaves_nothing(tmp_path: Path, member: Member) -> None:
+    saved(tmp_path, 1, member)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(SaveError, match="File too large"):
+            saved(tmp_path, 2, member)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_interrupted_save_does_not_count_and_is_cleared(tmp_path: Path, member: Member) -> None:
     saved(tmp_path, 1, member)
     (tmp_path / "step-00000002.partial").mkdir()
     (tmp_path / "step-00000002.partial" / "rank-00000.safetensors").write_bytes(b"half")
     saved(tmp_path, 2, member)
-    checkpoint.prune(tmp_path, keep=5)
+    checkpoint.prune(tmp_path, keep=5, step=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_prune_keeps_the_newest_complete(tmp_path: Path, member: Member) -> None:
     for step in (1, 2, 3, 4):
         saved(tmp_path, step, member)
-    (tmp_path / "step-00000004" / "COMPLETE").unlink()
-    checkpoint.prune(tmp_path, keep=2)
-    complete = [path.name for path in sorted(tmp_path.iterdir()) if (path / "COMPLETE").exists()]
-    assert complete == ["step-00000002", "step-00000003"]
+    (tmp_path / "step-00000002" / "COMPLETE").unlink()
+    checkpoint.prune(tmp_path, keep=2, step=4)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000003", "step-00000004"]
+
+
+def test_prune_never_takes_the_one_just_written(tmp_path: Path, member: Member) -> None:
+    for step in (10, 20, 30, 5):  # those of 10 to 30 were damaged and passed over, the run went on from the start
+        saved(tmp_path, step, member)
+    assert checkpoint.prune(tmp_path, keep=1, step=5) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
 def test_another_model_is_refused(tmp_path: Path, member: Member) -> None:
