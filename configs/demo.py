@@ -18,8 +18,8 @@ def digits() -> Run:
         norm=Norm(replica_batch=32, momentum=0.1),  # few steps, so the running statistics must follow quickly
         data=Data(path="data/digits", global_batch=64, workers=0),
         # a mirrored digit is another sign, and a mild crop keeps it whole; grey pictures need no colour statistics
-        augment=Augment(crop_scale=(0.7, 1.0), flip=False, eval_crop=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        optim=Optim(steps=600, lr=3e-3, warmup_steps=30),
+        augment=Augment(crop_scale=(0.8, 1.0), flip=False, eval_crop=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        optim=Optim(steps=700, lr=5e-3, warmup_steps=30),
         parallel=Parallel(zero=3, recompute="full"),
         precision=Precision(dtype="fp32"),
         checkpoint=Checkpoint(every=100),
