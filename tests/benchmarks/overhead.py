@@ -1,11 +1,11 @@
 """The trainer's own overhead: its loop against a bare loop over the same DeepSpeed engine, alternated in one run.
 
-    python tests/benchmarks/overhead.py [--ranks N] [--rounds N] [--steps N] [--case NAME ...]
+    python tests/benchmarks/overhead.py [--ranks N] [--rounds N] [--steps N] [--case NAME ...] [--out FOLDER]
 
-trainer: `trainer.train.loop` as it is: synthetic stream, normalisation, targets, schedule, meter, agreement on stopping,
-a log line to the run folder every ten steps. bare: forward, backward and DeepSpeed's step on one prepared batch, and
-BatchNorm's commit, which belongs to the mathematics. The process that carries lines to MLflow is not running: it takes
-another core, at the lowest priority. Ranks are real processes; one per GPU, or two with gloo on a CPU.
+trainer: `trainer.train.loop` as it is, with the synthetic stream, normalisation, targets, schedule, meter, agreement
+on stopping, and a log line to the run folder every ten steps. bare: forward, backward and DeepSpeed's step on one
+prepared batch, and BatchNorm's commit, which belongs to the mathematics. The process that carries lines to MLflow is
+not running: it would slow both sides alike. Ranks are real processes; one per GPU, or two with gloo on a CPU.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def as_rank(run_file: str, rounds: int, steps: int, out: str) -> None:
 def measure(case: str, ranks: int, rounds: int, steps: int) -> tuple[Run, dict[str, Any]]:
     """Start the ranks of a case; the run, and what its first rank wrote."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the ranks run this file as a module
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the ranks run this file as a module, by its bare name
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(case, ranks or (torch.cuda.device_count() if device == "cuda" else 2), device, folder)
         run_file, out = Path(folder) / "run.json", Path(folder) / "samples.json"
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=10, help="of each side in a round")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "records", help="folder of the record")
     parser.add_argument("--rank", nargs=2, metavar=("RUN", "OUT"), help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.rank:
@@ -180,14 +181,14 @@ def main() -> None:
         print(f"{case}: {summary[case]}")
     record = bench.Record(
         name="trainer-overhead",
-        command=f"python tests/benchmarks/overhead.py --rounds {words.rounds} --steps {words.steps}",
+        command=" ".join(["python tests/benchmarks/overhead.py", *sys.argv[1:]]),
         facts=environment.facts(found["device"]),
         config=config,
         unit="seconds per step, a mean over a round",
         samples=samples,
         summary=summary,
     )
-    print(record.write(ROOT / "tests" / "records"))
+    print(record.write(words.out))
 
 
 if __name__ == "__main__":

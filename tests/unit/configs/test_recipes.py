@@ -68,6 +68,16 @@ def test_demo_has_two_batchnorm_groups_or_more_so_that_two_ranks_need_not_share_
     assert not run.augment.flip
 
 
+def test_clip_art_is_trained_as_the_paper_trains_on_jft() -> None:
+    run = resolve.load("demo-clipart")
+    optim, augment = run.optim, run.augment
+    assert (optim.loss, optim.label_smoothing, optim.schedule, optim.weight_decay) == ("sigmoid", 1e-4, "linear", 0.01)
+    assert (augment.randaugment_layers, augment.randaugment_magnitude, augment.mixup_alpha) == (2, 5.0, 0.0)
+    assert run.data.global_batch >= 2 * run.norm.replica_batch  # two ranks need not share a BatchNorm group
+    assert (run.model.name, run.parallel.zero, run.parallel.recompute) == ("coatnet-nano", 3, "full")
+    assert optim.ema > 0
+
+
 def test_unpublished_recipe_says_so() -> None:
     text = resolve.RECIPES["coatnet7-jft3b-224"].__doc__ or ""
     assert "publishes no hyper-parameters" in text

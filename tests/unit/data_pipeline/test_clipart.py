@@ -102,6 +102,7 @@ def test_bytes_stay_and_copies_never_part(tree: Path, tmp_path: Path) -> None:
     counts = [sum(label in sample.labels for sample in read["train"]) for label in range(3)]
     assert dataset.label_counts == tuple(counts)
     assert min(counts) >= 20
+    assert min(sum(label in sample.labels for sample in read["heldout"]) for label in range(3)) >= 3
     assert verify(dataset.root).problems == ()
 
 
@@ -146,7 +147,7 @@ def test_large_pictures_are_stored_smaller(tmp_path: Path) -> None:
     [
         (lambda path: None, "no such file or folder"),
         (lambda path: path.mkdir(), "no PNG files"),
-        (lambda path: draw(path / "a" / "x.png", 1), "no folder holds 20 training pictures"),
+        (lambda path: draw(path / "a" / "x.png", 1), "no folder holds 20 training and 3 held-out ones"),
     ],
 )
 def test_a_useless_source_is_refused(tmp_path: Path, prepare: Callable[[Path], object], said: str) -> None:
