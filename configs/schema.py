@@ -36,7 +36,7 @@ class Model:
 
     name: str = "coatnet0"  # a name of `coatnet models`
     resolution: int = 224  # pixels, a multiple of 32 (five halvings)
-    stride: Literal["auto", "expansion", "depthwise"] = "auto"  # the down-sampling MBConv convolution; auto: the model's
+    stride: Literal["auto", "expansion", "depthwise"] = "auto"  # where MBConv down-samples; auto: the model's own
     drop_path: float = 0.0  # stochastic depth of the last block; block b of L drops at drop_path * b / L
     attention: Literal["auto", "explicit", "sdpa"] = "auto"  # auto: explicit on CPU, sdpa on CUDA
 

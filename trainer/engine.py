@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, run: Run, layout: Layout, member: Member) -> None:
+        # Collectives that torch renamed; DeepSpeed calls them by their old names once per step and bucket.
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
         import deepspeed
 
         shims.check_version()

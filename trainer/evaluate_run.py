@@ -11,8 +11,7 @@ import torch
 
 from configs import resolve
 from configs.errors import InputError
-from data_pipeline.manifest import open_dataset
-from data_pipeline.stream import heldout_loader
+from data_pipeline.stream import heldout_loader, open_data
 from trainer import checkpoint, cluster, network
 from trainer.evaluate import evaluate
 
@@ -28,7 +27,7 @@ def evaluate_run(folder: Path) -> dict[str, float]:
     saved = checkpoint.newest(folder / "checkpoints", member)
     if saved is None:
         raise InputError(f"{folder}/checkpoints: no checkpoint that verifies; `coatnet train` writes them")
-    dataset = open_dataset(run.data.path)
+    dataset = open_data(run)
     if list(dataset.vocabulary) != saved.state["vocabulary"]:
         raise InputError(f"{run.data.path}: has other classes than the data {folder} was trained on")
     model = network.bare(run, dataset.classes, member.device)

@@ -3,6 +3,7 @@
 import pytest
 
 from configs import resolve
+from models import spec
 
 # drop path, loss, smoothing, epochs, peak lr, schedule, warm-up steps, warm-up epochs, weight decay, RandAugment, mixup
 TABLE_10 = {
@@ -39,7 +40,8 @@ def test_recipe_holds_the_papers_values(name: str) -> None:
     assert (optim.min_lr, optim.clip_norm, optim.steps) == (1e-5, 1.0, 0)
     assert (run.data.global_batch, run.norm.replica_batch, run.norm.momentum) == (4096, 256, 0.01)
     assert (augment.crop, augment.cutmix_alpha) == ("random", 0.0)
-    assert (run.model.resolution, run.model.stride) == (224, "expansion")
+    assert (run.model.resolution, run.model.stride) == (224, "auto")
+    assert spec.get(run.model.name).stride == "expansion"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -48,7 +48,7 @@ def test_states_follow_the_stage() -> None:
     parameters = 688e6
     states: dict[Any, float] = {}
     for stage in (0, 1, 2, 3):
-        staged = replace(run, parallel=replace(run.parallel, zero=stage))  # type: ignore[arg-type]
+        staged = replace(run, parallel=replace(run.parallel, zero=stage))
         states[stage] = estimate(staged, layout(staged, 64), 1000).states / parameters
     assert states[0] == pytest.approx(16, rel=0.02)
     assert states[1] == pytest.approx(8 + 12 / 64, rel=0.02)

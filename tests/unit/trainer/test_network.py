@@ -7,6 +7,7 @@ import torch
 
 from configs import resolve
 from data_pipeline.synthetic import synthetic_dataset
+from models.blocks import Head
 from trainer import network
 from trainer.loss import sigmoid_loss
 
@@ -20,7 +21,8 @@ def test_sigmoid_starts_at_the_classes_own_log_odds() -> None:
     assert bias.sigmoid().tolist() == pytest.approx([0.5, 0.01, 0.5 / 1_280_000], rel=1e-4)
     model = network.bare(run, 3, torch.device("cpu"), bias)
     head = model.flat[-1][1]
-    assert torch.equal(head.classifier.bias.data, bias)  # type: ignore[union-attr]
+    assert isinstance(head, Head)
+    assert torch.equal(head.classifier.bias.data, bias)
     # With these shares the first loss is near the entropy of the labels, not near 3 ln 2.
     model.eval()
     with torch.no_grad():
