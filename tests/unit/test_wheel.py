@@ -40,7 +40,9 @@ def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     header = HeaderParser().parsestr(wheel.read(metadata["METADATA"]).decode())
     assert header["License-Expression"] == "Apache-2.0"
     assert header["Requires-Python"] == ">=3.11"
-    assert set(header.get_all("Provides-Extra") or []) == {"demo", "timm", "ffcv", "fairscale", "slurm", "dev"}
+    assert set(header.get_all("Provides-Extra") or []) == {
+        "demo", "timm", "ffcv", "fairscale", "slurm", "tensorboard", "wandb", "dev",
+    }  # fmt: skip
 
 
 def test_wheel_pins_what_we_touch_inside(wheel: zipfile.ZipFile) -> None:

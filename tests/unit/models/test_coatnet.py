@@ -119,7 +119,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(first.get_parameter(table), other.get_parameter(table))
     alone = coatnet.build(replace(NANO, name="other"), resolution=64, classes=7, device="cpu")
     name, block = alone.flat[5]
-    coatnet.initialise_block(name, block, 0)
+    coatnet.initialise_block(name, block, 0, NANO.kernel_std)
     for path, weight in block.named_parameters():
         assert torch.equal(weight, first.get_parameter(f"{name}.{path}")), path
 
