@@ -6,6 +6,7 @@ Rules on one setting are in `configs/schema.py`; rules on the world size in `tra
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -14,12 +15,12 @@ from types import ModuleType
 
 from configs import demo, imagenet, jft
 from configs.errors import InputError, unknown
-from configs.run_json import check_types, diff, digest, flat, from_json, to_json
+from configs.run_json import check_types, diff, digest, flat, from_json, recorded, to_json
 from configs.schema import Run
 
 __all__ = [
-    "RECIPES", "check", "diff", "digest", "flat", "from_json", "load", "names", "summary", "to_json", "total_steps",
-    "warmup",
+    "RECIPES", "check", "diff", "digest", "flat", "from_json", "load", "names", "recorded", "summary", "to_json",
+    "total_steps", "warmup",
 ]  # fmt: skip
 
 RECIPES: dict[str, Callable[[], Run]] = {
@@ -61,7 +62,7 @@ def load(name: str) -> Run:
         example = next(iter(_functions(module)), "recipe")
         raise InputError(f"recipe {name!r}: name the function in the file too: {name}:{example}")
     elif name.endswith(".json"):
-        run = from_json(_read(name))
+        run = _from_file(name)
     else:
         raise unknown("recipe", name, RECIPES)
     check(run)
@@ -127,12 +128,14 @@ def _epochs_in_steps(run: Run, epochs: float, samples: int) -> int:
     return int(Fraction(str(epochs)) * samples / run.data.global_batch)
 
 
-def _read(name: str) -> str:
-    """The text of a run's JSON file."""
+def _from_file(name: str) -> Run:
+    """The Run in a JSON file that the user names: every field must be there."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return from_json(Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"run file {name!r}: cannot be read: {error}") from error
+    except InputError as error:
+        raise InputError(f"run file {name!r}: {error}") from None
 
 
 def _import(name: str) -> ModuleType:
@@ -177,7 +180,21 @@ def _call(module: ModuleType, path: str, name: str) -> Run:
     ]
     if required:
         raise InputError(f"recipe {path}:{name}: must take no arguments; it requires {', '.join(required)}")
-    run = functions[name]()
+    try:
+        run = functions[name]()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"recipe {path}:{name}: {_last_line(error, path)}") from error
     if not isinstance(run, Run):
         raise InputError(f"recipe {path}:{name}: must return a configs.schema.Run, not {type(run).__name__}")
     return run if run.recipe else replace(run, recipe=name)
+
+
+def _last_line(error: Exception, path: str) -> str:
+    """What a recipe raised, and the last line of its own file on the way there."""
+    what = " ".join(traceback.format_exception_only(error)[-1].split())
+    file = Path(path).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file]
+    return f"raised {what} (line {lines[-1]})" if lines else f"raised {what}"

@@ -7,6 +7,7 @@ import json
 import sys
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import InputError, unknown
@@ -66,17 +67,45 @@ def from_json(text: str) -> Run:
     Raises:
         InputError: not JSON, a key that is unknown, missing or given twice, or a value of the wrong type or range.
     """
+    run = _build(Run, _document(text), "", None)
+    assert isinstance(run, Run)
+    return run
+
+
+def recorded(path: Path) -> Run:
+    """The Run of a run folder's `run.json`, which an older release may have written.
+
+    A field that the release did not know has its default, and one line on stderr says so.
+
+    Raises:
+        InputError: naming the file: it cannot be read, is no run's record, or `from_json` would refuse what is there.
+    """
+    absent: list[str] = []
     try:
-        document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        document = _document(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and "recipe" not in document:
+            raise InputError("is not a run's record: it names no recipe")
+        run = _build(Run, document, "", absent)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; restore the file or take another run folder") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}; restore the file or take another run folder") from None
+    assert isinstance(run, Run)
+    if absent:
+        sys.stderr.write(f"{path}: written by an older release; at their defaults: {', '.join(absent)}\n")
+    return run
+
+
+def _document(text: str) -> object:
+    """What a JSON text holds, read strictly."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, or nested too deeply
         raise InputError(
             f"a run's JSON cannot be read: {error}; it is written by `coatnet config show --json`"
         ) from None
-    run = _build(Run, document, "")
-    assert isinstance(run, Run)
-    return run
 
 
 def convert(field: str, value: object, kind: Any) -> Any:
@@ -129,8 +158,12 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, convert(name, value, kind)
 
 
-def _build(kind: type, document: object, prefix: str) -> object:
-    """A dataclass instance from its JSON object; every field must be there, and no other."""
+def _build(kind: type, document: object, prefix: str, absent: list[str] | None) -> object:
+    """A dataclass instance from its JSON object, which must have every field and no other.
+
+    Args:
+        absent: takes the names of fields that are not there and keep their defaults; None refuses them.
+    """
     if not isinstance(document, dict):
         raise InputError(f"{prefix.rstrip('.') or 'a run'} = {document!r}: must be a JSON object")
     kinds = typing.get_type_hints(kind)
@@ -139,13 +172,19 @@ def _build(kind: type, document: object, prefix: str) -> object:
             raise unknown("field", prefix + key, [prefix + name for name in kinds])
     values = {}
     for name, inner in kinds.items():
+        if name not in document and absent is not None:
+            absent.append(prefix + name)
+            continue
         if name not in document:
             raise InputError(
                 f"{prefix}{name}: missing; every field must be given, as `coatnet config show --json` does"
             )
         value = document[name]
         nested = dataclasses.is_dataclass(inner)
-        values[name] = _build(inner, value, f"{prefix}{name}.") if nested else convert(prefix + name, value, inner)
+        if nested:
+            values[name] = _build(inner, value, f"{prefix}{name}.", absent)
+        else:
+            values[name] = convert(prefix + name, value, inner)
     return kind(**values)
 
 

@@ -216,7 +216,7 @@ class Cluster:
     """The processes of this machine. Under an outside launcher (RANK set) only device and timeout matter."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    ranks: int = 0  # processes to start; 0: one per GPU, or two on a CPU
+    ranks: int = 0  # processes to start; 0: as many as fit the batch, at most one per GPU or two on a CPU
     master_port: int = 0  # rendezvous port; 0 picks a free one
     timeout: int = 600  # seconds a collective may wait before it fails
 

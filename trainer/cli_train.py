@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
-from trainer.track import run_folder, tracking_uri
+from trainer.track import PATIENCE, check_sinks, run_folder, tracking_uri
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Dataset
@@ -33,6 +33,8 @@ FREE = (
     "cluster.",
 )
 
+LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 TRAIN_USAGE = """usage: coatnet train RECIPE [--dry-run] [--field value ...]
 
 Trains RECIPE (see `coatnet config list`) on all devices of this machine, or as one rank where an outside launcher has
@@ -43,7 +45,8 @@ and exits with 75. Fields and their defaults: `coatnet config show RECIPE`.
                              counts, data, memory) and start nothing
 --data.synthetic --steps 50  made-up pictures at the recipe's true size: does it fit, how fast is it
 
-exit codes: 0 done, 75 stopped on request and saved, 76 configuration or data error, 77 diverged, else a crash"""
+exit codes: 0 done, 75 stopped on request and saved, 76 configuration or data error, 77 diverged, 130 stopped before
+the first step, else a crash"""
 
 EVAL_USAGE = """usage: coatnet eval RUN [--json]
 
@@ -65,7 +68,7 @@ def train_command(arguments: list[str]) -> int:
     if "RANK" in os.environ and not dry:
         return _as_rank(run)
     from trainer import cluster
-    from trainer.launch import free_port, launch
+    from trainer.launch import INTERRUPTED, free_port, launch
 
     world = cluster.local_ranks(run)
     facts = check_before_start(run, world)
@@ -82,7 +85,10 @@ def train_command(arguments: list[str]) -> int:
             return 0
         port = free_port(run.cluster.master_port)
         on_cpu = cluster.device_kind(run) == "cpu"
-        code = launch(["trainer.train", str(folder / "run.json")], world, folder / "logs", port, on_cpu)
+        patience = run.cluster.timeout + PATIENCE
+        code = launch(["trainer.train", str(folder / "run.json")], world, folder / "logs", port, on_cpu, patience)
+        if code == INTERRUPTED:
+            sys.stderr.write("stopped before the first step; nothing to save\n")
         if code not in (0, 75, 76, 77):
             saved = sorted(path.parent.name for path in folder.glob("checkpoints/step-*/COMPLETE"))
             last = f"the last save is {saved[-1]}" if saved else "nothing was saved yet"
@@ -91,8 +97,11 @@ def train_command(arguments: list[str]) -> int:
     return code
 
 
-def check_before_start(run: Run, world: int) -> "tuple[Dataset, Layout, Memory, int]":
+def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Dataset, Layout, Memory, int]":
     """Refuse before anything starts what would fail later: data, model, batch, devices, memory, port.
+
+    Args:
+        outside: whether an outside launcher started the ranks: `world` may then span machines, and it has the port.
 
     Returns:
         The data set, the layout, the memory of a rank as estimated, and what a rank has.
@@ -100,6 +109,7 @@ def check_before_start(run: Run, world: int) -> "tuple[Dataset, Layout, Memory, 
     Raises:
         InputError: what is wrong, where, and what would do.
     """
+    from data_pipeline.augment import check_mixing
     from data_pipeline.stream import open_data
     from models import spec
     from trainer import cluster, deepspeed_shims, fit
@@ -109,11 +119,15 @@ def check_before_start(run: Run, world: int) -> "tuple[Dataset, Layout, Memory, 
     spec.get(run.model.name)
     resolve.check(run)
     plan = layout(run, world)
-    free_port(run.cluster.master_port)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    _check_devices(run, local)
+    check_mixing(run.augment, plan.slices(0))  # micro-batches are of one size: the first rank's speak for all
+    check_sinks(run)
+    if not outside:
+        free_port(run.cluster.master_port)
+    local = cluster.local_world() if outside else world
+    _check_devices(run, local, outside)
     deepspeed_shims.check_version()
     dataset = open_data(run)
+    dataset.split("heldout")  # scored at the end, where its absence would come too late
     split = dataset.split("train")
     if split.samples < run.data.global_batch:
         raise InputError(
@@ -127,8 +141,8 @@ def check_before_start(run: Run, world: int) -> "tuple[Dataset, Layout, Memory, 
     return dataset, plan, fit.require_fit(run, plan, dataset.classes, available), available
 
 
-def _check_devices(run: Run, ranks: int) -> None:
-    """Refuse more ranks on this machine than it has GPUs."""
+def _check_devices(run: Run, ranks: int, outside: bool) -> None:
+    """Refuse more ranks on this machine than it has GPUs, but for a launcher that binds each rank to one of its own."""
     from trainer import cluster
 
     if cluster.device_kind(run) != "cuda":
@@ -136,7 +150,9 @@ def _check_devices(run: Run, ranks: int) -> None:
     import torch
 
     have = torch.cuda.device_count()
-    if ranks > have:
+    if outside and ranks > have != 1:
+        raise InputError(f"{ranks} ranks were started on this machine, which has {have} GPUs; nearest valid: {have}")
+    if not outside and ranks > have:
         raise InputError(f"cluster.ranks = {ranks}: this machine has {have} GPUs; nearest valid: {have}")
 
 
@@ -149,7 +165,7 @@ def refuse_another_run(folder: Path, run: Run) -> None:
     recorded = folder / "run.json"
     if not recorded.exists():
         return
-    old = resolve.from_json(recorded.read_text())
+    old = resolve.recorded(recorded)
     changed = [(key, was, now) for key, was, now in resolve.diff(old, run) if not key.startswith(FREE)]
     if changed:
         rows = "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changed)
@@ -161,10 +177,14 @@ def _claimed(folder: Path, run: Run) -> Iterator[None]:
     """Hold the run folder alone, with this run written in it.
 
     Raises:
-        InputError: another process trains there, or the folder belongs to another run.
+        InputError: no such folder can be made, another process trains there, or it belongs to another run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"runs = {run.runs!r}: {folder} cannot be made or written: {error}; choose another") from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -181,17 +201,39 @@ def _write_run(folder: Path, run: Run) -> None:
 
 
 def _as_rank(run: Run) -> int:
-    """One rank of an outside launcher (torchrun, srun)."""
+    """One rank of an outside launcher (torchrun, srun). The first holds the run folder for all."""
+    rank, world = _outside_place()
+    check_before_start(run, world, outside=True)
     from trainer import train
-    from trainer.stopping import StopFlag
 
-    check_before_start(run, int(os.environ["WORLD_SIZE"]))
     folder = run_folder(run)
-    refuse_another_run(folder, run)
-    if os.environ["RANK"] == "0":
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        _write_run(folder, run)
-    return train.train(run, StopFlag())
+    if rank:
+        refuse_another_run(folder, run)
+        return train.main([], run)
+    with _claimed(folder, run):
+        (folder / "logs").mkdir(exist_ok=True)
+        return train.main([], run)
+
+
+def _outside_place() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as an outside launcher set them.
+
+    Raises:
+        InputError: one of the four variables is missing, or is no number where it should be.
+    """
+    given = {name: os.environ.get(name, "") for name in LAUNCHER_SETS}
+    missing = [name for name, value in given.items() if not value]
+    wrong = [name for name, value in given.items() if name != "MASTER_ADDR" and value and not value.isdecimal()]
+    if missing or wrong:
+        what = "not set: " + ", ".join(missing) if missing else "not a number: " + ", ".join(wrong)
+        raise InputError(
+            f"RANK is set, so an outside launcher is at work, which must set {', '.join(LAUNCHER_SETS)}; {what}. "
+            f"Unset RANK to start the ranks from here"
+        )
+    rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= world:
+        raise InputError(f"RANK = {rank}: must be below WORLD_SIZE = {world}; nearest valid: {max(0, world - 1)}")
+    return rank, world
 
 
 def _where(run: Run, folder: Path) -> None:
@@ -216,10 +258,11 @@ def eval_command(arguments: list[str]) -> int:
     folder = Path(names[0])
     if not (folder / "run.json").exists():
         raise InputError(f"{folder}: not a run folder (it has no run.json); `coatnet train` makes them under runs/")
-    run = resolve.from_json((folder / "run.json").read_text())
+    run = resolve.recorded(folder / "run.json")
     on_cpu = cluster.device_kind(run) == "cpu"
     world = cluster.local_ranks(run)
-    code = launch(["trainer.evaluate_run", str(folder)], world, folder / "logs", free_port(), on_cpu)
+    patience = run.cluster.timeout
+    code = launch(["trainer.evaluate_run", str(folder)], world, folder / "logs", free_port(), on_cpu, patience)
     if code == 0:
         from trainer.evaluate import describe
 

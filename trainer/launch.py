@@ -1,7 +1,9 @@
 """Starts the ranks of a run on this machine, watches them, and ends all when one fails. No torch.
 
 Each rank is a session of its own: Ctrl-C reaches only this process, which asks the ranks to stop; they agree on a
-step, save together and leave with exit code 75. Whatever a rank started is killed before this returns.
+step, save together and leave with exit code 75. Further requests change nothing, because a scheduler sends several and
+the save takes its time; only a person who presses Ctrl-C again later ends the ranks at once. Whatever a rank started
+is killed before this returns.
 """
 
 import contextlib
@@ -21,8 +23,14 @@ from types import FrameType
 from configs.errors import InputError
 
 STOPPED = 75
+INTERRUPTED = 130  # stopped before the ranks could take a step: there was nothing to save
+FINE = (0, STOPPED)
+TELLING = (76, 77)  # bad input, diverged: codes that say why, where others are often only what followed from it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 POLL = 0.1  # seconds between two looks at the ranks
-GRACE = 10.0  # seconds the others have to leave by themselves once a rank failed, then again after SIGTERM
+GRACE = 10.0  # seconds the others have to leave by themselves once a rank failed
+INSIST = 3.0  # seconds after the first request from which on another Ctrl-C means: at once
+TAIL = 25  # lines of a failed rank's log that are shown
 
 
 @dataclass
@@ -32,6 +40,25 @@ class Rank:
     number: int
     process: subprocess.Popen[bytes]
     log: Path
+
+
+@dataclass
+class Request:
+    """What signals asked of this process; `_watch` acts on it, so that ranks started meanwhile are not missed.
+
+    Attributes:
+        since: when the first request came, in seconds of the monotonic clock; infinity for none.
+        insisted: whether somebody pressed Ctrl-C again, `INSIST` seconds later or more.
+    """
+
+    since: float = float("inf")
+    insisted: bool = False
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        now = time.monotonic()
+        self.insisted |= number == signal.SIGINT and now - self.since >= INSIST
+        self.since = min(self.since, now)
 
 
 def free_port(wanted: int = 0) -> int:
@@ -55,27 +82,26 @@ def free_port(wanted: int = 0) -> int:
     )
 
 
-def launch(arguments: Sequence[str], world: int, logs: Path, port: int, one_thread_each: bool) -> int:
+def launch(arguments: Sequence[str], world: int, logs: Path, port: int, on_cpu: bool, patience: float = 600.0) -> int:
     """Run `python -m ARGUMENTS` as `world` ranks until all are done.
 
     Args:
         logs: folder for the ranks' standard error, and the output of all but the first rank.
-        one_thread_each: share the processor's cores out among the ranks (for CPU ranks).
+        on_cpu: the ranks compute on the processor: share its cores out, and let them keep the memory they took.
+        patience: seconds the other ranks have to end once one has left as it should.
 
     Returns:
-        0, 75 when the ranks stopped on request, else the exit code of the rank that failed first (128 + signal).
+        0; 75 when the ranks stopped on request; 130 when they were asked before they could; 137 when Ctrl-C insisted;
+        1 when some hung at the end; else what the failed rank gave that says most (128 + signal).
     """
     logs.mkdir(parents=True, exist_ok=True)
-    ranks = [_start(arguments, number, world, logs, port, one_thread_each) for number in range(world)]
-    asked: list[float] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        asked.append(time.monotonic())
-        _signal_all(ranks, signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    ranks: list[Rank] = []
+    request = Request()
+    previous = {number: signal.signal(number, request.take) for number in SIGNALS}
     try:
-        return _watch(ranks)
+        for number in range(world):
+            ranks.append(_start(arguments, number, world, logs, port, on_cpu))
+        return _watch(ranks, request, patience)
     finally:
         for rank in ranks:  # their loader workers and writers share their session
             with contextlib.suppress(ProcessLookupError):
@@ -85,10 +111,21 @@ def launch(arguments: Sequence[str], world: int, logs: Path, port: int, one_thre
             signal.signal(number, handler)
 
 
-def _start(arguments: Sequence[str], number: int, world: int, logs: Path, port: int, one_thread_each: bool) -> Rank:
+def with_rooms() -> dict[str, str]:
+    """This process's environment, in which `python -m` finds the rooms first.
+
+    Python would otherwise put the current folder in front, where a `models/` of the user's would shadow ours; and the
+    rooms are found without an installation too.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def _start(arguments: Sequence[str], number: int, world: int, logs: Path, port: int, on_cpu: bool) -> Rank:
     """Start one rank."""
     environment = {
-        **os.environ,
+        **with_rooms(),
         "RANK": str(number),
         "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(world),
@@ -98,10 +135,11 @@ def _start(arguments: Sequence[str], number: int, world: int, logs: Path, port: 
         "PYTHONFAULTHANDLER": "1",
     }
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if one_thread_each:
+    if on_cpu:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
-    root = str(Path(__file__).parent.parent)  # ranks find the rooms without an installation too
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # glibc would give the activations' memory back after each step, and fault it in again in the next.
+        environment.setdefault("MALLOC_TRIM_THRESHOLD_", "4000000000")
+        environment.setdefault("MALLOC_MMAP_THRESHOLD_", "4000000000")
     log = logs / f"rank-{number:05d}.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -122,37 +160,82 @@ def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _watch(ranks: list[Rank]) -> int:
-    """Wait for all ranks; once one fails, give the others a little time, then end them."""
-    failed: Rank | None = None
-    deadline, hard = float("inf"), False
-    while any(rank.process.poll() is None for rank in ranks):
-        if failed is None:
-            failed = next((rank for rank in ranks if rank.process.poll() not in (None, 0, STOPPED)), None)
-            deadline = time.monotonic() + GRACE if failed is not None else deadline
-        elif time.monotonic() > deadline:
-            _signal_all(ranks, signal.SIGKILL if hard else signal.SIGTERM)
-            deadline, hard = time.monotonic() + GRACE, True
+def _watch(ranks: list[Rank], request: Request, patience: float) -> int:
+    """Wait until all ranks are done, or until the rest has to be ended, which is left to the caller.
+
+    Returns:
+        The exit code of the whole, see `launch`.
+    """
+    failed: list[Rank] = []
+    forwarded, left, broke = False, float("inf"), float("inf")
+    while True:
+        now = time.monotonic()
+        if not forwarded and request.since <= now:
+            _ask_to_stop(ranks)
+            forwarded = True
+        codes = [(rank, rank.process.poll()) for rank in ranks]
+        running = [rank for rank, code in codes if code is None]
+        failed += [rank for rank, code in codes if code not in (None, *FINE) and rank not in failed]
+        if any(code in FINE for _, code in codes):
+            left = min(left, now)
+        if failed and broke > now:
+            # What made one rank fail often reaches the others, and this process, a moment later: look once more.
+            broke = now
+            time.sleep(POLL)
+            continue
+        if forwarded and failed and left > now and all(-rank.process.returncode in SIGNALS for rank in failed):
+            return INTERRUPTED  # a signal ended them before their handler was there; no step is made without them
+        if not running:
+            return _report(failed) if failed else max(rank.process.returncode for rank in ranks)
+        if request.insisted:
+            sys.stderr.write("Ctrl-C again: the ranks were ended at once, and what they had not saved is lost\n")
+            return 128 + signal.SIGKILL
+        if now > broke + GRACE:
+            return _report(failed)
+        if not failed and now > left + patience:
+            return _report_hung(running, patience)
         time.sleep(POLL)
-    failed = failed or next((rank for rank in ranks if rank.process.returncode not in (0, STOPPED)), None)
-    if failed is None:
-        return max(rank.process.returncode for rank in ranks)
-    return _report(failed)
 
 
-def _report(failed: Rank) -> int:
-    """Say which rank failed and how; returns the exit code for the whole."""
-    code = failed.process.returncode
+def _ask_to_stop(ranks: list[Rank]) -> None:
+    """Pass a request on to every rank that still runs, by the one signal whatever came."""
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.process.send_signal(signal.SIGTERM)
+
+
+def _report(failed: list[Rank]) -> int:
+    """Say which rank failed and how, the one that says most; returns the exit code for the whole."""
+    rank = next((rank for rank in failed if rank.process.returncode in TELLING), failed[0])
+    code = rank.process.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    sys.stderr.write(f"rank {failed.number} (process {failed.process.pid}) {how}; the other ranks were ended\n")
-    tail = failed.log.read_text(errors="replace").splitlines()[-25:]
-    if code > 0 and tail:
-        sys.stderr.write("\n".join([f"the end of {failed.log}:", *tail]) + "\n")
+    sys.stderr.write(f"rank {rank.number} (process {rank.process.pid}) {how}; the other ranks were ended\n")
+    lines = _last_lines(rank.log) if code > 0 and code != 77 else []  # of a divergence the figures tell
+    if lines:
+        sys.stderr.write("\n".join([f"the end of {rank.log}:", *lines]) + "\n")
     return 128 - code if code < 0 else code
 
 
-def _signal_all(ranks: list[Rank], number: signal.Signals) -> None:
-    """Send a signal to every rank that still runs."""
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.send_signal(number)
+def _report_hung(running: list[Rank], patience: float) -> int:
+    """Say which ranks did not end after others had; returns the exit code for the whole."""
+    names = ", ".join(f"{rank.number} (process {rank.process.pid})" for rank in running)
+    sys.stderr.write(
+        f"still running {patience:g} s after another rank had left as it should: rank {names}; ended. See "
+        f"{running[0].log}\n"
+    )
+    return 1
+
+
+def _last_lines(log: Path) -> list[str]:
+    """The last lines of a log, without Python's announcements of changes to come and the source line below each."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (1 << 16)))
+        lines = file.read().decode(errors="replace").splitlines()
+    kept: list[str] = []
+    warned = False
+    for line in lines:
+        below = warned and line.startswith(" ")
+        warned = "FutureWarning" in line
+        if not warned and not below:
+            kept.append(line)
+    return kept[-TAIL:]

@@ -17,9 +17,11 @@ from typing import Any, TextIO
 from configs.errors import InputError
 from configs.schema import Run
 from trainer.destination import Position
+from trainer.launch import with_rooms
 
 # Fields of `Tracking` and packages at once; beside them the names people know. "mlflow" comes with the trainer.
 DESTINATIONS = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B"}
+PATIENCE = 120.0  # seconds the first rank waits at the end for what the writer still has to carry
 
 
 class RunLog:
@@ -59,12 +61,12 @@ class CarryProcess:
     def __init__(self, run: Run, folder: Path) -> None:
         self._run, self._folder = run, folder
         command = [sys.executable, "-m", "trainer.carry", str(folder), "--follow"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**with_rooms(), "OMP_NUM_THREADS": "1"}
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         with (folder / "logs" / "carry.log").open("a") as log:
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
-    def close(self, patience: float = 120.0) -> str | None:
+    def close(self, patience: float = PATIENCE) -> str | None:
         """Let it finish what is written.
 
         Returns:

@@ -3,7 +3,9 @@
 One process per device runs this; `trainer/launch.py` starts them as `python -m trainer.train runs/NAME/run.json`.
 """
 
+import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -177,17 +179,28 @@ def close(session: Session, writer: CarryProcess | None, code: int) -> None:
             session.line.say(f"stopped on request at step {session.step}, saved; the same command continues")
 
 
-def main(arguments: list[str]) -> int:
-    """Run one rank of the run that `arguments[0]`, a run.json, describes."""
+def main(arguments: list[str], run: Run | None = None) -> int:
+    """Run one rank of `run`, or of the run that `arguments[0]`, a run.json, describes.
+
+    Returns:
+        0. With any other code the process ends here: Python's own end may wait for ever on a collective that a failed
+        rank left pending.
+    """
     stop = StopFlag()
     try:
-        return train(resolve.from_json(Path(arguments[0]).read_text()), stop)
+        code = train(run or resolve.recorded(Path(arguments[0])), stop)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
-        return INPUT_ERROR
+        code = INPUT_ERROR
     except Exception:
         traceback.print_exc()
-        return 1
+        code = 1
+    if code != DONE:
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

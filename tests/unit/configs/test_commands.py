@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, messages, JSON."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from configs.resolve import diff, from_json, load, names
+from configs.resolve import diff, from_json, load, names, to_json
+from data_pipeline import demo
 from trainer.cli_config import resolve_command
+from trainer.cli_train import refuse_another_run, train_command
 
 
 def coatnet(root: Path, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -181,3 +184,86 @@ def test_a_room_that_is_missing_is_named(repository: Path, tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=False)
     assert done.returncode == 76
     assert "package 'data_pipeline' must lie in" in done.stderr
+
+
+MADE_UP = ["demo-digits", "--data.synthetic", "--tracking.no-mlflow", "--cluster.device", "cpu", "--cluster.ranks", "2"]
+MIXED = ["--augment.mixup-alpha", "0.2", "--data.global-batch", "30", "--norm.replica-batch", "15"]
+OUTSIDE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def refusal(tmp_path: Path, *words: str) -> str:
+    """What `coatnet train` on made-up pictures says against `words`; it must leave no run folder behind."""
+    with pytest.raises(InputError) as caught:
+        train_command([*MADE_UP, "--runs", str(tmp_path / "runs"), *words])
+    assert not (tmp_path / "runs").is_dir()
+    return str(caught.value)
+
+
+def test_odd_micro_batches_that_part_pairs_are_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, *MIXED)
+    assert "parallel.micro_batch = 15: mixup and cutmix pair neighbours" in said
+
+
+def test_runs_below_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    assert refusal(tmp_path).startswith(
+        f"runs = '{tmp_path / 'runs'}': {tmp_path / 'runs'}/demo-digits-synthetic cannot"
+    )
+
+
+def test_data_without_a_held_out_split_are_refused(tmp_path: Path) -> None:
+    demo.digits(tmp_path / "digits")
+    manifest = tmp_path / "digits" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["splits"]["heldout"]
+    manifest.write_text(json.dumps(content))
+    said = refusal(tmp_path, "--data.no-synthetic", "--data.path", str(tmp_path / "digits"))
+    assert "has no split 'heldout', only train" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": None, "MASTER_PORT": None}, "not set: WORLD_SIZE, MASTER_PORT"),
+        ({"MASTER_ADDR": None}, "not set: MASTER_ADDR"),
+        ({"RANK": ""}, "not set: RANK"),
+        ({"WORLD_SIZE": "two"}, "not a number: WORLD_SIZE"),
+        ({"RANK": "2"}, "RANK = 2: must be below WORLD_SIZE = 2"),
+    ],
+)
+def test_half_an_outside_launcher_is_refused(
+    changes: dict[str, str | None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**OUTSIDE, **changes}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    said = refusal(tmp_path)
+    assert message in said
+    if "below" not in message:
+        assert all(name in said for name in OUTSIDE)
+
+
+def test_under_an_outside_launcher_the_first_rank_takes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in OUTSIDE.items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "runs" / "demo-digits-synthetic"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process trains here"):
+            train_command([*MADE_UP, "--runs", str(tmp_path / "runs")])
+
+
+def test_a_folder_of_an_older_release_is_continued_and_a_damaged_one_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load("demo-digits")
+    document = json.loads(to_json(run))
+    del document["optim"]["ema"]
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    refuse_another_run(tmp_path, run)
+    assert "at their defaults: optim.ema" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json: .*cannot be read"):
+        refuse_another_run(tmp_path, run)

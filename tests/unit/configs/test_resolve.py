@@ -29,6 +29,12 @@ def greedy(size):
 
 def off():
     return Run(seed=-4)
+
+def broken():
+    return Run(seed={}["a seed"])
+
+def misspelt():
+    return Run(sed=4)
 """
 
 
@@ -56,6 +62,8 @@ def test_a_function_in_a_file_gives_a_run(mine: str) -> None:
         (":wrong", "must return a configs.schema.Run, not dict"),
         (":greedy", "must take no arguments; it requires size"),
         (":off", "seed = -4"),
+        (":broken", "mine.py:broken: raised KeyError: 'a seed' (line 22)"),
+        (":misspelt", "mine.py:misspelt: raised TypeError: Run.__init__() got an unexpected keyword argument 'sed'"),
         (":replace", "unknown function"),
         ("", "name the function in the file too"),
     ],
@@ -89,6 +97,9 @@ def test_a_run_file_is_a_recipe_too(tmp_path: Path) -> None:
     assert resolve.load(str(path)) == run
     with pytest.raises(InputError, match="cannot be read"):
         resolve.load(str(tmp_path / "other.json"))
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"run\.json': recipe: missing; every field must be given"):
+        resolve.load(str(path))
 
 
 @pytest.mark.parametrize(

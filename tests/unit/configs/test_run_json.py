@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import InputError
-from configs.resolve import diff, digest, flat, from_json, load, names, to_json
+from configs.resolve import diff, digest, flat, from_json, load, names, recorded, to_json
 from configs.schema import Augment, Cluster, Optim, Run, Tracking
 
 positive = st.floats(min_value=1e-300, max_value=1e6, allow_nan=False)
@@ -115,3 +116,44 @@ def test_what_is_no_run_is_refused(text: str) -> None:
 def test_only_our_own_error_comes_out_of_any_text(text: str) -> None:
     with pytest.raises(InputError):
         from_json(text)
+
+
+def test_a_record_of_an_older_release_takes_defaults_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    run = load("coatnet4-in21k-224")
+    path.write_text(to_json(run))
+    assert recorded(path) == run
+    assert capsys.readouterr().err == ""
+    document = json.loads(to_json(run))
+    del document["optim"]["ema"], document["evaluate"]
+    path.write_text(json.dumps(document))
+    assert recorded(path) == replace(run, optim=replace(run.optim, ema=Optim().ema), evaluate=Run().evaluate)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{path}: written by an older release; at their defaults: optim.ema, evaluate"
+    with pytest.raises(InputError, match="missing"):
+        from_json(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (to_json(Run())[:-40].encode(), "cannot be read"),
+        (b"", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"{}", "names no recipe"),
+        (b"[]", "must be a JSON object"),
+        (broken("optim.lrr", 1.0).encode(), "did you mean 'optim.lr'"),
+        (broken("optim.lr", -1.0).encode(), "optim.lr = -1.0"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_name(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        recorded(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import InputError
-from configs.schema import Data, Norm, Parallel, Run
+from configs.schema import Cluster, Data, Norm, Parallel, Run
+from trainer.cluster import local_ranks
 from trainer.plan import layout
 
 
@@ -72,3 +73,11 @@ def test_refusals_name_field_value_rule_and_nearest(run: Run, world: int, words:
         layout(run, world)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_ranks_of_a_machine_are_the_most_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    on_gpus = replace(run_of(64, 16), cluster=Cluster(device="cuda"))
+    assert local_ranks(on_gpus) == 4
+    assert local_ranks(replace(on_gpus, cluster=Cluster(device="cuda", ranks=7))) == 7
+    assert local_ranks(replace(on_gpus, cluster=Cluster(device="cpu"))) == 2
