@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from configs import resolve
 from configs.errors import InputError
@@ -66,7 +66,7 @@ def train_command(arguments: list[str]) -> int:
         raise InputError("coatnet train --dry-run: the recipe is missing; `coatnet config list` has them")
     run = resolve_command(arguments[0], arguments[1:])
     if "RANK" in os.environ and not dry:
-        return _as_rank(run)
+        _as_rank(run)
     from trainer import cluster
     from trainer.launch import INTERRUPTED, free_port, launch
 
@@ -200,8 +200,8 @@ def _write_run(folder: Path, run: Run) -> None:
     os.replace(aside, folder / "run.json")
 
 
-def _as_rank(run: Run) -> int:
-    """One rank of an outside launcher (torchrun, srun). The first holds the run folder for all."""
+def _as_rank(run: Run) -> NoReturn:
+    """One rank of an outside launcher (torchrun, srun). The first holds the run folder for all, until it ends."""
     rank, world = _outside_place()
     check_before_start(run, world, outside=True)
     from trainer import train
@@ -209,10 +209,10 @@ def _as_rank(run: Run) -> int:
     folder = run_folder(run)
     if rank:
         refuse_another_run(folder, run)
-        return train.main([], run)
+        train.main([], run)
     with _claimed(folder, run):
         (folder / "logs").mkdir(exist_ok=True)
-        return train.main([], run)
+        train.main([], run)
 
 
 def _outside_place() -> tuple[int, int]:

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -179,12 +180,11 @@ def close(session: Session, writer: CarryProcess | None, code: int) -> None:
             session.line.say(f"stopped on request at step {session.step}, saved; the same command continues")
 
 
-def main(arguments: list[str], run: Run | None = None) -> int:
-    """Run one rank of `run`, or of the run that `arguments[0]`, a run.json, describes.
+def main(arguments: list[str], run: Run | None = None) -> NoReturn:
+    """Run one rank of `run`, or of the run that `arguments[0]`, a run.json, describes, and end the process.
 
-    Returns:
-        0. With any other code the process ends here: Python's own end may wait for ever on a collective that a failed
-        rank left pending.
+    It ends at once, without Python's own end, which may wait for ever on a collective that a failed rank left pending,
+    and in which a request to stop would kill a rank that has finished.
     """
     stop = StopFlag()
     try:
@@ -195,13 +195,11 @@ def main(arguments: list[str], run: Run | None = None) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
-    if code != DONE:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    return code
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

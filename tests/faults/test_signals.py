@@ -1,5 +1,6 @@
 """Requests to stop at awkward moments, ranks that an outside launcher started, and a working folder with our names."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -35,10 +36,10 @@ def start(digits: Path, tmp_path: Path, repository: Path) -> Start:
         for name in ("__init__", "blocks", "train", "carry"):
             (tmp_path / "work" / room / f"{name}.py").write_text("raise RuntimeError('not ours')\n")
 
-    def train(*words: str, variables: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+    def train(*words: str, steps: int = 400, variables: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
         command = [sys.executable, "-P", "-m", "trainer.cli", "train", "demo-digits", "--data.path", str(digits)]
         command += ["--runs", str(tmp_path), "--name", "run", "--model.resolution", "32", "--data.workers", "1"]
-        command += ["--optim.steps", "400", "--optim.warmup-steps", "4", "--checkpoint.every", "1000"]
+        command += ["--optim.steps", str(steps), "--optim.warmup-steps", "4", "--checkpoint.every", "1000"]
         command += ["--tracking.log-every", "1", "--tracking.no-mlflow", *words]
         environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", **(variables or {})}
         pipe, work = subprocess.PIPE, tmp_path / "work"
@@ -93,6 +94,21 @@ def test_a_stop_before_the_first_step_is_no_crash(start: Start, tmp_path: Path) 
     assert "stopped before the first step; nothing to save" in said
     assert "Traceback" not in said
     assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+def test_a_request_to_ranks_that_are_done_changes_nothing(start: Start, tmp_path: Path) -> None:
+    """It comes while they leave: Python's own end takes the handlers away before the process is gone."""
+    process = start(steps=6)
+    wait_until(lambda: bool(steps(tmp_path / "run")), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in family if "trainer.train" in child.cmdline()]
+    assert len(ranks) == 2
+    wait_until((tmp_path / "run" / "done").exists, process)
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(signal.SIGTERM)
+    code, said = finish(process)
+    assert code == 0, said
 
 
 def test_ranks_of_an_outside_launcher_hold_the_folder(start: Start, tmp_path: Path) -> None:
