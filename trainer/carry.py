@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     os.nice(10)  # the training comes first
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of one call; the whole is tried again anyway
-    run = resolve.from_json((folder / "run.json").read_text())
+    run = resolve.recorded(folder / "run.json")
     ended = threading.Event()
     if follow:
         # A stop request is for the ranks: their last figures come after it.

@@ -22,7 +22,7 @@ def evaluate_run(folder: Path) -> dict[str, float]:
     Raises:
         InputError: the folder has no checkpoint that verifies, or the data do not belong to it.
     """
-    run = resolve.from_json((folder / "run.json").read_text())
+    run = resolve.recorded(folder / "run.json")
     member = cluster.join(run)
     saved = checkpoint.newest(folder / "checkpoints", member)
     if saved is None:

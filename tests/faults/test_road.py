@@ -15,18 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline import demo
-
 pytestmark = pytest.mark.timeout(600)
 STEPS = 24
 Train = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "digits"
-    demo.digits(out)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +148,14 @@ def test_other_world_and_stage_go_on_within_rounding(
 
 
 def test_other_mathematics_in_the_same_folder_is_refused(train: Train, runs: Path) -> None:
-    first = train("--name", "mine")
+    long = ("--optim.steps", "400")  # so that it still runs when the others come
+    first = train("--name", "mine", *long)
     wait_for_step(runs / "mine", 1, first)
-    code, said = finish(train("--name", "mine"))
+    code, said = finish(train("--name", "mine", *long))
     assert (code, "another process trains here" in said) == (76, True), said
     first.send_signal(signal.SIGTERM)
     assert finish(first)[0] == 75
-    code, said = finish(train("--name", "mine", "--optim.lr", "0.5"))
+    code, said = finish(train("--name", "mine", *long, "--optim.lr", "0.5"))
     assert code == 76
     assert re.search(r"belongs to another run: optim.lr was 0\.\d+, is 0\.5", said)
 

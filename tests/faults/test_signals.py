@@ -14,18 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline import demo
 from trainer.launch import free_port
 
 pytestmark = pytest.mark.timeout(600)
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "digits"
-    demo.digits(out)
-    return out
 
 
 @pytest.fixture
