@@ -5,6 +5,7 @@ Rules on one setting are in `configs/schema.py`; rules on the world size in `tra
 
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -91,6 +92,22 @@ def check(run: Run) -> None:
         raise InputError(
             f"parallel.micro_batch = {run.parallel.micro_batch}: must be at most data.global_batch = "
             f"{run.data.global_batch}; nearest valid: {run.data.global_batch}"
+        )
+    if run.parallel.compile and run.parallel.zero == 3:
+        raise InputError(
+            "parallel.compile = True: under ZeRO-3 DeepSpeed gathers weights inside the blocks, where compiled code "
+            "has none of its hooks; nearest valid: parallel.zero 2"
+        )
+    if run.parallel.compile and run.parallel.recompute == "selective":
+        raise InputError(
+            "parallel.recompute = 'selective': cuts inside blocks, which parallel.compile makes one piece of; nearest "
+            "valid: parallel.recompute full"
+        )
+    if run.model.drop_path_group and run.data.global_batch % run.model.drop_path_group:
+        nearest = math.gcd(run.model.drop_path_group, run.data.global_batch)
+        raise InputError(
+            f"model.drop_path_group = {run.model.drop_path_group}: must divide data.global_batch = "
+            f"{run.data.global_batch}; nearest valid: {nearest}"
         )
     folder = run.name or run.recipe
     if folder.startswith((".", "-")) or not folder.isprintable():

@@ -109,7 +109,7 @@ def _document(text: str) -> object:
 
 
 def convert(field: str, value: object, kind: Any) -> Any:
-    """`value` as the type `kind` of the schema: str, int, float, bool, Literal, or a tuple of fixed length.
+    """`value` as the type `kind` of the schema: str, int, float, bool, Literal, or a tuple, of fixed length or not.
 
     JSON has no tuples, so a list will do for one; a whole number will do for a float. Nothing else is converted.
 
@@ -120,6 +120,10 @@ def convert(field: str, value: object, kind: Any) -> Any:
         return _choice(field, value, typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        if kinds[-1:] == (Ellipsis,) and isinstance(value, list | tuple):
+            kinds = kinds[:1] * len(value)
+        if kinds[-1:] == (Ellipsis,):
+            raise InputError(f"{field} = {value!r}: must be a list of values")
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
             raise InputError(f"{field} = {value!r}: must be {len(kinds)} values")
         return tuple(convert(f"{field}[{index}]", *pair) for index, pair in enumerate(zip(value, kinds, strict=True)))

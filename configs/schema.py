@@ -37,8 +37,14 @@ class Model:
     name: str = "coatnet0"  # a name of `coatnet models`
     resolution: int = 224  # pixels, a multiple of 32 (five halvings)
     stride: Literal["auto", "expansion", "depthwise"] = "auto"  # where MBConv down-samples; auto: the model's own
+    depths: tuple[int, ...] = ()  # blocks of every stage from the stem on; empty: the model's own
+    head_size: int = 0  # channels of an attention head; 0: the model's own
+    relative_bias: Literal["auto", "pre", "post", "none"] = "auto"  # before or after the softmax; auto: the model's own
+    conv_norm: Literal["auto", "batch", "layer"] = "auto"  # in MBConv; auto: the model's own
     drop_path: float = 0.0  # stochastic depth of the last block; block b of L drops at drop_path * b / L
-    attention: Literal["auto", "explicit", "sdpa"] = "auto"  # auto: explicit on CPU, sdpa on CUDA
+    drop_path_group: int = 0  # of every so many samples an exact count drops, and is not computed; 0: each for itself
+    attention: Literal["auto", "explicit", "sdpa", "flex"] = "auto"  # auto: explicit on CPU, sdpa on CUDA
+    bias_lookup: Literal["index_select", "einsum"] = "index_select"  # of the relative bias; einsum repeats on CUDA
 
     def __post_init__(self) -> None:
         nearest = max(32, round(self.resolution / 32) * 32)
@@ -49,7 +55,18 @@ class Model:
             "must be a positive multiple of 32, the network's total stride",
             nearest,
         )
+        at_least("model.head_size", self.head_size, 0)
         in_range("model.drop_path", self.drop_path, 0.0, 0.95)
+        at_least("model.drop_path_group", self.drop_path_group, 0)
+
+
+@dataclass(frozen=True)
+class Init:
+    """Weights that a run starts from instead of fresh ones. A run that has a checkpoint of its own continues that."""
+
+    path: str = ""  # another run's folder or a file of `coatnet export`; empty: fresh weights
+    weights: Literal["auto", "raw", "ema"] = "auto"  # auto: a run's averaged ones where it keeps them; a file's own
+    head: Literal["keep", "reset"] = "keep"  # reset: a fresh classifier, for other classes
 
 
 @dataclass(frozen=True)
@@ -157,7 +174,8 @@ class Parallel:
 
     zero: Literal[0, 1, 2, 3] = 3  # DeepSpeed ZeRO stage
     micro_batch: int = 0  # samples per rank and pass; 0 is the rank's whole share of the global batch
-    recompute: Literal["none", "full"] = "full"  # full keeps only block inputs for the backward pass
+    recompute: Literal["none", "selective", "full"] = "full"  # see trainer/recompute.py
+    compile: bool = False  # torch.compile every block; equal blocks share one compilation
 
     def __post_init__(self) -> None:
         at_least("parallel.micro_batch", self.micro_batch, 0)
@@ -237,6 +255,7 @@ class Run:
     seed: int = 0
     steps: int = 0  # stop after so many updates without changing the schedule, to check a machine; 0 is the whole run
     model: Model = field(default_factory=Model)
+    init: Init = field(default_factory=Init)
     norm: Norm = field(default_factory=Norm)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)

@@ -3,13 +3,28 @@
 B: samples, N: tokens, H: attention heads, D: head size, C: channels.
 """
 
-from typing import Literal
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Backend = Literal["auto", "explicit", "sdpa"]
+from models.design import RelativeBias
+
+Backend = Literal["auto", "explicit", "sdpa", "flex"]
+Lookup = Literal["index_select", "einsum"]
+Segment = Callable[..., Tensor]  # calls its first argument on the others; `models.blocks` says what for
+
+KEY_MULTIPLE = 8  # CUDA's memory-efficient kernel wants rows of the bias to begin at multiples of 8 elements
+
+
+def plainly(work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call `work`: a segment that keeps everything for the backward pass."""
+    return work(*inputs)
 
 
 def relative_index(height: int, width: int, device: torch.device | str) -> Tensor:
@@ -25,46 +40,138 @@ def relative_index(height: int, width: int, device: torch.device | str) -> Tenso
     return (down[:, None, :, None] * (2 * width - 1) + right[None, :, None, :]).flatten()
 
 
-def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor, backend: Backend) -> Tensor:
-    """softmax(q.k / sqrt(D) + bias) v.
+def look_up(table: Tensor, index: Tensor, grid: tuple[int, int], lookup: Lookup) -> Tensor:
+    """The bias of every pair (query, key), differentiable in the table.
+
+    Args:
+        table: (H, 2 height - 1, 2 width - 1).
+        index: `relative_index` of the grid.
+        grid: (height, width).
+        lookup: "index_select" is the fastest on a CPU; "einsum", two products with one-hot matrices, has a backward
+            pass without atomic additions, so that it repeats bitwise on CUDA.
+
+    Returns:
+        (H, N, N).
+    """
+    heads, (height, width) = len(table), grid
+    tokens = height * width
+    if lookup == "index_select":
+        return table.flatten(1).index_select(1, index).view(heads, tokens, tokens)
+    with torch.autocast(table.device.type, enabled=False):
+        bias = torch.einsum("hrs,akr,bls->habkl", table, _one_hot(height, table), _one_hot(width, table))
+    return bias.reshape(heads, tokens, tokens)
+
+
+def _one_hot(side: int, like: Tensor) -> Tensor:
+    """(side, side, 2 side - 1): one where the last index is the offset query - key, counted from the smallest."""
+    places = torch.arange(side, device=like.device)
+    offsets = places[:, None] - places[None, :] + side - 1
+    return F.one_hot(offsets, 2 * side - 1).to(like.dtype)
+
+
+def resolve(backend: Backend, device: torch.device) -> Backend:
+    """What "auto" means on `device`: the fused kernels on CUDA, the explicit form elsewhere.
+
+    On a CPU a bias that is trained keeps SDPA off its fused kernel, and the explicit form is faster.
+    """
+    if backend != "auto":
+        return backend
+    return "sdpa" if device.type == "cuda" else "explicit"
+
+
+def attend(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    bias_HNN: Tensor | None,
+    backend: Backend,
+    form: RelativeBias = "pre",
+) -> Tensor:
+    """softmax(q.k / sqrt(D) + bias) v; in the "post" form (softmax(q.k / sqrt(D)) + bias) v.
 
     Args:
         q_BHND: queries.
         k_BHND: keys.
         v_BHND: values.
-        bias_HNN: added to the logits, one for all samples.
+        bias_HNN: one for all samples; None: none.
         backend: "explicit" writes the matrix of weights, with a float32 softmax; "sdpa" calls torch's fused kernels,
-            which want the bias in the dtype of `q_BHND`;
-            "auto" is explicit, except on CUDA. On a CPU a bias that is trained keeps SDPA off its fused kernel.
+            which want the bias in the dtype of `q_BHND`; "flex" is torch's FlexAttention over `bias_HNN`, compiled on
+            CUDA; "auto": see `resolve`.
+        form: where the bias is added.
 
     Returns:
         (B, H, N, D) in the dtype of `v_BHND`.
     """
-    if backend == "auto":
-        backend = "sdpa" if q_BHND.is_cuda else "explicit"
-    scale = q_BHND.shape[-1] ** -0.5
+    backend = resolve(backend, q_BHND.device)
+    before = bias_HNN if form == "pre" else None
     if backend == "sdpa":
         # Four dimensions: a mask of three is refused by some fused kernels and silently slow in others.
-        mask_1HNN = bias_HNN.to(q_BHND.dtype).unsqueeze(0)
-        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask_1HNN, scale=scale)
-    products_BHNN = torch.matmul(q_BHND * scale, k_BHND.transpose(-2, -1))
+        mask_1HNN = None if before is None else before.to(q_BHND.dtype).unsqueeze(0)
+        scale = q_BHND.shape[-1] ** -0.5
+        y_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask_1HNN, scale=scale)
+    elif backend == "flex":
+        y_BHND = _flex(q_BHND, k_BHND, v_BHND, before)
+    else:
+        y_BHND = _explicit(q_BHND, k_BHND, v_BHND, before)
+    if form == "post" and bias_HNN is not None:
+        y_BHND = y_BHND + torch.matmul(bias_HNN.to(v_BHND.dtype), v_BHND)
+    return y_BHND
+
+
+def _explicit(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor | None) -> Tensor:
+    """The formula as it stands."""
+    products_BHNN = torch.matmul(q_BHND * q_BHND.shape[-1] ** -0.5, k_BHND.transpose(-2, -1))
     exact = torch.promote_types(products_BHNN.dtype, torch.float32)
-    weights_BHNN = torch.softmax(products_BHNN + bias_HNN.to(exact), dim=-1)
-    return torch.matmul(weights_BHNN.to(v_BHND.dtype), v_BHND)
+    logits_BHNN = products_BHNN.to(exact) if bias_HNN is None else products_BHNN + bias_HNN.to(exact)
+    return torch.matmul(torch.softmax(logits_BHNN, dim=-1).to(v_BHND.dtype), v_BHND)
+
+
+def _flex(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor | None) -> Tensor:
+    """FlexAttention with the bias read inside the kernel.
+
+    Raises:
+        RuntimeError: gradients are asked for on a CPU, where torch has no backward pass for it.
+    """
+
+    def score(products: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return products if bias_HNN is None else products + bias_HNN[head, query, key]
+
+    if not q_BHND.is_cuda and torch.is_grad_enabled() and q_BHND.requires_grad:
+        raise RuntimeError("model.attention = flex trains on CUDA only; nearest: explicit")
+    kernel = _flex_kernel(compiled=q_BHND.is_cuda)
+    result: Tensor = kernel(q_BHND, k_BHND, v_BHND, score_mod=score, scale=q_BHND.shape[-1] ** -0.5)
+    return result
+
+
+@cache
+def _flex_kernel(compiled: bool) -> Callable[..., Any]:
+    """torch's function, compiled where it is meant to be; uncompiled it writes the matrix of weights."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # its advice to compile, where that is not wanted
+    return cast(Callable[..., Any], torch.compile(flex_attention, dynamic=False) if compiled else flex_attention)
 
 
 class RelativeAttention(nn.Module):
     """Self-attention over the tokens of a grid, with one table of relative biases per head.
 
     Attributes:
-        table: (H, 2 height - 1, 2 width - 1).
+        table: (H, 2 height - 1, 2 width - 1); None without relative bias.
         index: see `relative_index`; not saved, because it follows from the grid.
     """
 
+    table: nn.Parameter
     index: Tensor
 
     def __init__(
-        self, width_in: int, width: int, head_size: int, grid: tuple[int, int], backend: Backend = "auto"
+        self,
+        width_in: int,
+        width: int,
+        head_size: int,
+        grid: tuple[int, int],
+        backend: Backend = "auto",
+        form: RelativeBias = "pre",
+        lookup: Lookup = "index_select",
     ) -> None:
         """Create the layer.
 
@@ -74,6 +181,8 @@ class RelativeAttention(nn.Module):
             head_size: D.
             grid: (height, width) of the feature map whose tokens come in, row by row.
             backend: see `attend`.
+            form: where the bias is added, if there is one.
+            lookup: see `look_up`.
 
         Raises:
             ValueError: `head_size` does not divide `width`.
@@ -82,18 +191,87 @@ class RelativeAttention(nn.Module):
         if width % head_size:
             raise ValueError(f"attention: head size {head_size} must divide the width {width}")
         self.heads, self.head_size, self.grid, self.backend = width // head_size, head_size, grid, backend
+        self.form, self.lookup = form, lookup
         self.qkv = nn.Linear(width_in, 3 * width)
         self.projection = nn.Linear(width, width)
+        self._keeping, self._kept = False, cast("tuple[Any, Tensor] | None", None)
+        if form == "none":
+            self.register_parameter("table", None)
+            return
         self.table = nn.Parameter(torch.zeros(self.heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
         self.register_buffer("index", relative_index(*grid, device=self.table.device), persistent=False)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """(B, N, width_in) to (B, N, width)."""
-        batch, tokens, _ = x_BNC.shape
-        packed = self.qkv(x_BNC).view(batch, tokens, 3, self.heads, self.head_size)
-        q_BHND, k_BHND, v_BHND = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        # Looked up in every pass: a bias that is kept between passes gets no gradient.
-        bias_HNN = self.table.flatten(1).index_select(1, self.index).view(self.heads, tokens, tokens)
-        y_BHND = attend(q_BHND, k_BHND, v_BHND, bias_HNN, self.backend)
-        result: Tensor = self.projection(y_BHND.transpose(1, 2).reshape(batch, tokens, -1))
+    def forward(
+        self, x_BNC: Tensor, before: Callable[[Tensor], Tensor] | None = None, segment: Segment = plainly
+    ) -> Tensor:
+        """(B, N, width_in) to (B, N, width).
+
+        Args:
+            before: applied to the tokens first (norm, pool), in one segment with the first product.
+            segment: see `models.blocks`.
+        """
+
+        def pack(x: Tensor) -> Tensor:
+            result: Tensor = self.qkv(x if before is None else before(x))
+            return result
+
+        packed = segment(pack, x_BNC)
+        # The explicit form's matrix of weights is made again; fused kernels keep none.
+        mixed = segment if resolve(self.backend, packed.device) == "explicit" else plainly
+        result: Tensor = self.projection(mixed(self._mix, packed))
         return result
+
+    def bias(self) -> Tensor | None:
+        """(H, N, N), rows `KEY_MULTIPLE` aligned on CUDA; None without relative bias."""
+        if self.form == "none":
+            return None
+        # Kept only inside `kept_biases`: in training a bias that outlives its pass gets no gradient.
+        if not self._keeping or torch.is_grad_enabled():
+            return self._fresh_bias()
+        key = (self.table.data_ptr(), self.table._version, self.table.shape)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._fresh_bias()
+        return self._kept[1]
+
+    def _fresh_bias(self) -> Tensor:
+        bias_HNN = look_up(self.table, self.index, self.grid, self.lookup)
+        short = -bias_HNN.shape[-1] % KEY_MULTIPLE
+        if short and resolve(self.backend, self.table.device) == "sdpa" and self.table.is_cuda:
+            bias_HNN = F.pad(bias_HNN, (0, short))[..., : bias_HNN.shape[-1]]
+        return bias_HNN
+
+    def _mix(self, packed: Tensor) -> Tensor:
+        """(B, N, 3 width) of queries, keys and values to (B, N, width)."""
+        batch, tokens, _ = packed.shape
+        parts = packed.view(batch, tokens, 3, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
+        q_BHND, k_BHND, v_BHND = parts.unbind(0)
+        y_BHND = attend(q_BHND, k_BHND, v_BHND, self.bias(), self.backend, self.form)
+        return y_BHND.transpose(1, 2).reshape(batch, tokens, -1)
+
+
+@contextmanager
+def kept_biases(model: nn.Module) -> Iterator[None]:
+    """Look every bias of `model` up once, for passes without gradients while the weights stay as they are.
+
+    What was kept is forgotten at the end, and when a table was replaced or written to by torch's own operations.
+    Whoever writes to weights behind torch's back says so by `forget_biases`.
+    """
+    layers = _layers(model)
+    for layer in layers:
+        layer._keeping = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._keeping, layer._kept = False, None
+
+
+def forget_biases(model: nn.Module) -> None:
+    """The weights have changed: look the biases up again."""
+    for layer in _layers(model):
+        layer._kept = None
+
+
+def _layers(model: nn.Module) -> list[RelativeAttention]:
+    """Every attention of `model`, in order."""
+    return [module for module in model.modules() if isinstance(module, RelativeAttention)]

@@ -1,108 +1,206 @@
-"""The four kinds of blocks: stem, MBConv, Transformer, head. Each maps one tensor to one tensor (COATNET.md section 2).
+"""The kinds of blocks: stem, patches, MBConv, Transformer, head. Each maps one tensor to one (COATNET.md section 2).
 
 B: samples, C: channels, H, W: height and width, N = H W tokens, S: sub-layers of the block, K: classes.
 Convolution blocks are (B, C, H, W) in the memory format of their input; Transformer blocks are (B, N, C).
 `drop_SB` holds stochastic depth's factor of every residual branch and sample, 0 or 1 / keep; None: no branch scaled.
+`segment` calls the parts of a block that end in a convolution or a linear map, and the attention. What selective
+recomputation keeps are the inputs of these parts; the norms, GELUs and scalings inside them are made again.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Backend, RelativeAttention
+from models import drop_path
+from models.attention import Backend, Lookup, RelativeAttention, Segment, plainly
+from models.design import BlockSpec, ConvNorm, Spec, Stride
 from models.norm import BatchNorm
-from models.spec import BlockSpec, Spec, Stride
 
 LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a run wants its blocks built, beside the spec.
+
+    Attributes:
+        stride: which MBConv convolution has stride 2 when the block down-samples.
+        momentum: BatchNorm's, PyTorch's sense.
+        attention: see `models.attention.attend`.
+        lookup: see `models.attention.look_up`.
+        drop_group: samples of which stochastic depth drops an exact count, whose Transformer branches are then not
+            computed; 0: each sample drops by itself, and everything is computed.
+    """
+
+    stride: Stride
+    momentum: float = 0.01
+    attention: Backend = "auto"
+    lookup: Lookup = "index_select"
+    drop_group: int = 0
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each position of a feature map (B, C, H, W); no copy if it is channels_last."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def norm_of(kind: ConvNorm, channels: int, momentum: float) -> nn.Module:
+    """The norm of an MBConv block."""
+    if kind == "layer":
+        return ChannelNorm(channels, eps=LAYER_NORM_EPS)
+    return BatchNorm(channels, momentum=momentum)
 
 
 class Stem(nn.Module):
     """Two convolutions, the first with stride 2, and a norm between them."""
 
-    def __init__(self, block: BlockSpec, spec: Spec, momentum: float) -> None:
-        """Create the stem; `momentum` is BatchNorm's."""
+    def __init__(self, block: BlockSpec, spec: Spec, choices: Choices) -> None:
+        """Create the stem."""
         super().__init__()
         self.drop_rates: tuple[float, ...] = ()
         width, padding = block.width, spec.kernel // 2
         self.conv1 = nn.Conv2d(block.width_in, width, spec.kernel, stride=2, padding=padding)
-        self.norm = BatchNorm(width, momentum=momentum)
+        self.norm = BatchNorm(width, momentum=choices.momentum)
         self.conv2 = nn.Conv2d(width, width, spec.kernel, padding=padding)
 
-    def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, segment: Segment = plainly) -> Tensor:
         """(B, 3, H, W) to (B, C, H/2, W/2)."""
-        result: Tensor = self.conv2(_gelu(self.norm(self.conv1(x_BCHW))))
+        return segment(self._second, self.conv1(x_BCHW))
+
+    def _second(self, y_BCHW: Tensor) -> Tensor:
+        result: Tensor = self.conv2(_gelu(self.norm(y_BCHW)))
+        return result
+
+
+class Patches(nn.Module):
+    """One convolution whose stride is its kernel: a ViT's stem."""
+
+    def __init__(self, block: BlockSpec) -> None:
+        """Create the stem."""
+        super().__init__()
+        self.drop_rates: tuple[float, ...] = ()
+        self.conv = nn.Conv2d(block.width_in, block.width, block.stride, stride=block.stride)
+
+    def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, segment: Segment = plainly) -> Tensor:
+        """(B, 3, H, W) to (B, C, H/stride, W/stride)."""
+        result: Tensor = self.conv(x_BCHW)
         return result
 
 
 class MBConv(nn.Module):
     """Inverted bottleneck with squeeze-excite, pre-activation: shortcut(x) + Module(Norm(x))."""
 
-    def __init__(self, block: BlockSpec, spec: Spec, stride: Stride, drop_rate: float, momentum: float) -> None:
-        """Create the block.
-
-        Args:
-            block: its widths and grids.
-            spec: expansion, squeeze-excite ratio and kernel.
-            stride: which convolution has stride 2 when the block down-samples.
-            drop_rate: of its one residual branch.
-            momentum: BatchNorm's.
-        """
+    def __init__(self, block: BlockSpec, spec: Spec, drop_rate: float, choices: Choices) -> None:
+        """Create the block; `drop_rate` is that of its one residual branch."""
         super().__init__()
         self.drop_rates: tuple[float, ...] = (drop_rate,)
-        self.downsample = block.downsample
+        self.pool = block.stride
         hidden, squeezed = spec.expansion * block.width, int(spec.se_ratio * block.width)
-        step = 2 if block.downsample else 1
-        first, second = (step, 1) if stride == "expansion" else (1, step)
-        self.norm_in = BatchNorm(block.width_in, momentum=momentum)
+        first, second = (block.stride, 1) if choices.stride == "expansion" else (1, block.stride)
+        self.norm_in = norm_of(spec.conv_norm, block.width_in, choices.momentum)
         self.expand = nn.Conv2d(block.width_in, hidden, 1, stride=first, bias=False)
-        self.norm_expand = BatchNorm(hidden, momentum=momentum)
+        self.norm_expand = norm_of(spec.conv_norm, hidden, choices.momentum)
         self.depthwise = nn.Conv2d(
             hidden, hidden, spec.kernel, stride=second, padding=spec.kernel // 2, groups=hidden, bias=False
         )
-        self.norm_depthwise = BatchNorm(hidden, momentum=momentum)
+        self.norm_depthwise = norm_of(spec.conv_norm, hidden, choices.momentum)
         self.squeeze = nn.Conv2d(hidden, squeezed, 1)
         self.excite = nn.Conv2d(squeezed, hidden, 1)
         self.project = nn.Conv2d(hidden, block.width, 1)
         self.shortcut = nn.Conv2d(block.width_in, block.width, 1) if block.width_in != block.width else None
 
-    def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, segment: Segment = plainly) -> Tensor:
         """(B, C_in, H, W) to (B, C, H, W), or to half of H and W where the block down-samples."""
-        y_BCHW = _gelu(self.norm_expand(self.expand(self.norm_in(x_BCHW))))
-        y_BCHW = _gelu(self.norm_depthwise(self.depthwise(y_BCHW)))
-        gate_BC11 = F.silu(self.squeeze(y_BCHW.mean((2, 3), keepdim=True)))
-        y_BCHW = self.project(y_BCHW * torch.sigmoid(self.excite(gate_BC11)))
-        identity = F.max_pool2d(x_BCHW, 2) if self.downsample else x_BCHW
+        y_BCHW = segment(self._expand, x_BCHW)
+        y_BCHW = segment(self._spread, y_BCHW)
+        y_BCHW = segment(self._project, y_BCHW)
+        identity = F.max_pool2d(x_BCHW, self.pool) if self.pool > 1 else x_BCHW
         if self.shortcut is not None:
             identity = self.shortcut(identity)
         return _join(identity, y_BCHW, drop_SB, 0)
+
+    def _expand(self, x_BCHW: Tensor) -> Tensor:
+        result: Tensor = self.expand(self.norm_in(x_BCHW))
+        return result
+
+    def _spread(self, y_BCHW: Tensor) -> Tensor:
+        result: Tensor = self.depthwise(_gelu(self.norm_expand(y_BCHW)))
+        return result
+
+    def _project(self, y_BCHW: Tensor) -> Tensor:
+        y_BCHW = _gelu(self.norm_depthwise(y_BCHW))
+        gate_BC11 = F.silu(self.squeeze(y_BCHW.mean((2, 3), keepdim=True)))
+        result: Tensor = self.project(y_BCHW * torch.sigmoid(self.excite(gate_BC11)))
+        return result
 
 
 class Transformer(nn.Module):
     """Relative attention and a feed-forward part, pre-norm; the first block of a stage may halve the grid."""
 
-    def __init__(self, block: BlockSpec, spec: Spec, drop_rate: float, backend: Backend) -> None:
+    def __init__(self, block: BlockSpec, spec: Spec, drop_rate: float, choices: Choices) -> None:
         """Create the block; `drop_rate` is that of both its residual branches."""
         super().__init__()
         self.drop_rates: tuple[float, ...] = (drop_rate, drop_rate)
-        self.downsample, self.grid_in = block.downsample, block.grid_in
+        self.pool, self.grid_in = block.stride, block.grid_in
+        # How many of `drop_group` samples a branch leaves out; a constant, so that shapes do not depend on the batch.
+        self.drop_group = choices.drop_group
+        self.left_out = drop_path.dropped(drop_rate, choices.drop_group) if choices.drop_group else 0
         width, hidden = block.width, spec.expansion * block.width
         self.norm_attention = nn.LayerNorm(block.width_in, eps=LAYER_NORM_EPS)
-        self.attention = RelativeAttention(block.width_in, width, spec.head_size, block.grid, backend)
+        self.attention = RelativeAttention(
+            block.width_in, width, spec.head_size, block.grid, choices.attention, spec.relative_bias, choices.lookup
+        )
         self.shortcut = nn.Linear(block.width_in, width) if block.width_in != width else None
         self.norm_feed = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.widen = nn.Linear(width, hidden)
         self.narrow = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, drop_SB: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_SB: Tensor | None = None, segment: Segment = plainly) -> Tensor:
         """(B, N, C_in), or (B, C_in, H, W) from a convolution stage, to (B, N, C): N / 4 tokens if down-sampling."""
         # The network's one change of layout; free when the feature map is channels_last.
         x_BNC = x.flatten(2).transpose(1, 2).contiguous() if x.dim() == 4 else x
-        y_BNC = self.norm_attention(x_BNC)
-        if self.downsample:
-            x_BNC, y_BNC = _pool(x_BNC, self.grid_in), _pool(y_BNC, self.grid_in)
-        identity = x_BNC if self.shortcut is None else self.shortcut(x_BNC)
-        x_BNC = _join(identity, self.attention(y_BNC), drop_SB, 0)
-        return _join(x_BNC, self.narrow(_gelu(self.widen(self.norm_feed(x_BNC)))), drop_SB, 1)
+        identity = _pool(x_BNC, self.grid_in, self.pool)
+        if self.shortcut is not None:
+            identity = self.shortcut(identity)
+
+        def attend(kept_BNC: Tensor) -> Tensor:
+            result: Tensor = self.attention(kept_BNC, self._prepare, segment)
+            return result
+
+        def feed(kept_BNC: Tensor) -> Tensor:
+            return segment(self._narrow, segment(self._widen, kept_BNC))
+
+        x_BNC = self._add(identity, x_BNC, attend, drop_SB, 0)
+        return self._add(x_BNC, x_BNC, feed, drop_SB, 1)
+
+    def _add(
+        self, identity: Tensor, x_BNC: Tensor, branch: Callable[[Tensor], Tensor], drop_SB: Tensor | None, layer: int
+    ) -> Tensor:
+        """The identity plus a branch of `x_BNC`, computed for the kept samples alone where their count is exact."""
+        if drop_SB is None or not self.left_out:
+            return _join(identity, branch(x_BNC), drop_SB, layer)
+        count = len(x_BNC) - len(x_BNC) // self.drop_group * self.left_out
+        kept = torch.argsort((drop_SB[layer] == 0).to(torch.int8), stable=True)[:count]
+        y_BNC = branch(x_BNC.index_select(0, kept))
+        factor = drop_SB[layer].index_select(0, kept).to(y_BNC.dtype).view(-1, 1, 1)
+        return identity.index_add(0, kept, (y_BNC * factor).to(identity.dtype))
+
+    def _prepare(self, x_BNC: Tensor) -> Tensor:
+        return _pool(self.norm_attention(x_BNC), self.grid_in, self.pool)
+
+    def _widen(self, x_BNC: Tensor) -> Tensor:
+        result: Tensor = self.widen(self.norm_feed(x_BNC))
+        return result
+
+    def _narrow(self, x_BNC: Tensor) -> Tensor:
+        result: Tensor = self.narrow(_gelu(x_BNC))
+        return result
 
 
 class Head(nn.Module):
@@ -116,14 +214,14 @@ class Head(nn.Module):
         self.hidden = nn.Linear(width, width)
         self.classifier = nn.Linear(width, classes)
 
-    def forward(self, x: Tensor, drop_SB: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_SB: Tensor | None = None, segment: Segment = plainly) -> Tensor:
         """(B, N, C), or (B, C, H, W), to logits (B, K)."""
         pooled_BC = x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
         result: Tensor = self.classifier(torch.tanh(self.hidden(self.norm(pooled_BC))))
         return result
 
 
-Block = Stem | MBConv | Transformer | Head
+Block = Stem | Patches | MBConv | Transformer | Head
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -139,7 +237,9 @@ def _join(identity: Tensor, branch: Tensor, drop_SB: Tensor | None, sub_layer: i
     return identity + branch * factor
 
 
-def _pool(x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
-    """2x2 max pool of the tokens of `grid`, row by row; the tokens are seen as a channels_last map and not copied."""
+def _pool(x_BNC: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """Max pool of the tokens of `grid`, row by row; the tokens are seen as a channels_last map and not copied."""
+    if stride == 1:
+        return x_BNC
     x_BCHW = x_BNC.view(len(x_BNC), *grid, -1).permute(0, 3, 1, 2)
-    return F.max_pool2d(x_BCHW, 2).permute(0, 2, 3, 1).flatten(1, 2)
+    return F.max_pool2d(x_BCHW, stride).permute(0, 2, 3, 1).flatten(1, 2)

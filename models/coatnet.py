@@ -4,17 +4,17 @@ B: samples, S: sub-layers that stochastic depth may drop, K: classes.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from models import drop_path as stochastic_depth
-from models.attention import Backend, RelativeAttention, relative_index
-from models.blocks import Block, Head, MBConv, Stem, Transformer
+from models.attention import Backend, Lookup, RelativeAttention, relative_index
+from models.blocks import Block, Choices, Head, MBConv, Patches, Stem, Transformer
+from models.design import BlockSpec, Resolution, Spec, Stride
 from models.norm import BatchNorm
-from models.spec import BlockSpec, Resolution, Spec, Stride
 
 RunBlock = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 
@@ -26,12 +26,16 @@ class CoAtNet(nn.Module):
         spec, classes: what it was built from.
         resolution: (height, width) in pixels; the relative-bias tables belong to it.
         drop_rates: (S,) of every sub-layer in order.
+        drop_group: samples of which stochastic depth drops an exact count; 0: each drops by itself.
     """
 
-    def __init__(self, spec: Spec, resolution: Resolution, classes: int, make: Callable[[BlockSpec], Block]) -> None:
+    def __init__(
+        self, spec: Spec, resolution: Resolution, classes: int, drop_group: int, make: Callable[[BlockSpec], Block]
+    ) -> None:
         """Put together the blocks that `make` builds; `build` is the way to call this."""
         super().__init__()
         self.spec, self.classes, self.resolution = spec, classes, spec.size(resolution)
+        self.drop_group = drop_group
         self.blocks = nn.ModuleDict()
         for block in spec.blocks(resolution):
             if block.stage not in self.blocks:
@@ -59,6 +63,38 @@ class CoAtNet(nn.Module):
         Raises:
             ValueError: pictures or factors of another size than the network's.
         """
+        *_, (_, logits_BK) = self._outputs(x_BCHW, drop_SB, run)
+        return logits_BK
+
+    def forward_features(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, run: RunBlock | None = None) -> Tensor:
+        """The last feature map before the head, (B, C, H / 32, W / 32); arguments and errors as in `forward`."""
+        return self.forward_pyramid(x_BCHW, drop_SB, run)[-1]
+
+    def forward_pyramid(
+        self, x_BCHW: Tensor, drop_SB: Tensor | None = None, run: RunBlock | None = None
+    ) -> list[Tensor]:
+        """The last feature map of each size but the stem's, for detection and segmentation heads.
+
+        Returns:
+            (B, C, H / stride, W / stride) for each of `pyramid`, in its order. Arguments and errors as in `forward`.
+        """
+        wanted = {block.name for block, _ in _last_of_each_grid(self.spec, self.resolution)}
+        grids = {block.name: block.grid for block in self.spec.blocks(self.resolution)}
+        return [
+            y if y.dim() == 4 else y.transpose(1, 2).reshape(len(y), -1, *grids[name])
+            for name, y in self._outputs(x_BCHW, drop_SB, run, head=False)
+            if name in wanted
+        ]
+
+    @property
+    def pyramid(self) -> list[tuple[int, int]]:
+        """(stride in pixels, channels) of each map of `forward_pyramid`: strides 4, 8, 16 and 32 in a CoAtNet."""
+        return [(stride, block.width) for block, stride in _last_of_each_grid(self.spec, self.resolution)]
+
+    def _outputs(
+        self, x_BCHW: Tensor, drop_SB: Tensor | None, run: RunBlock | None, head: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every block's name and output in order; without `head`, those before it. Raises as `forward` does."""
         if tuple(x_BCHW.shape[1:]) != (3, *self.resolution):
             raise ValueError(f"{self.spec.name}: pictures {tuple(x_BCHW.shape)}, built for (B, 3, *{self.resolution})")
         if drop_SB is not None and drop_SB.shape != (len(self.drop_rates), len(x_BCHW)):
@@ -67,12 +103,36 @@ class CoAtNet(nn.Module):
                 f"{(len(self.drop_rates), len(x_BCHW))}"
             )
         x, first = x_BCHW, 0
-        for _, block in self.flat:
+        for name, block in self.flat if head else self.flat[:-1]:
             last = first + len(block.drop_rates)
             drop = drop_SB[first:last] if drop_SB is not None and last > first else None
             x = block(x, drop) if run is None else run(block, x, drop)
+            yield name, x
             first = last
-        return x
+
+
+def _last_of_each_grid(spec: Spec, resolution: Resolution) -> list[tuple[BlockSpec, int]]:
+    """The last block of each size of feature map before the head, with its stride in pixels; no stem's."""
+    height, _ = spec.size(resolution)
+    last = {block.grid: block for block in spec.blocks(resolution) if block.kind in ("mbconv", "transformer")}
+    return [(block, height // block.grid[0]) for block in last.values()]
+
+
+def compile_blocks(model: CoAtNet, backend: str = "inductor") -> None:
+    """Let torch.compile translate every block but the head at its next pass.
+
+    Blocks of equal widths, grid and stride share one compilation, since torch tells compiled code apart by what it
+    reads. Shapes are taken as constants: another batch size is compiled again.
+
+    Args:
+        model: is changed in place; the names of its parameters stay.
+        backend: torch.compile's.
+    """
+    # A network has a dozen kinds of blocks, each in training, recomputation and evaluation; torch gives up after eight.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for _, block in model.flat[:-1]:
+        block.__dict__["forward"] = torch.compile(block.forward, dynamic=False, backend=backend)
 
 
 def build(
@@ -84,6 +144,8 @@ def build(
     drop_path: float = 0.0,
     norm_momentum: float = 0.01,
     attention: Backend = "auto",
+    bias_lookup: Lookup = "index_select",
+    drop_group: int = 0,
     device: torch.device | str = "meta",
 ) -> CoAtNet:
     """The network of `spec`, on the meta device unless told otherwise; `initialise` gives it its weights.
@@ -96,6 +158,9 @@ def build(
         drop_path: rate of stochastic depth; block b of L drops with drop_path * b / L.
         norm_momentum: BatchNorm's, PyTorch's sense.
         attention: see `models.attention.attend`.
+        bias_lookup: see `models.attention.look_up`.
+        drop_group: of every so many consecutive samples stochastic depth drops an exact count, and Transformer blocks
+            do not compute their branches; 0: each sample drops by itself.
         device: where the tensors lie.
 
     Raises:
@@ -104,17 +169,21 @@ def build(
     dropped = [block.name for block in spec.blocks(resolution) if block.kind in ("mbconv", "transformer")]
     rates = dict(zip(dropped, stochastic_depth.rates(len(dropped), drop_path), strict=True))
 
+    choices = Choices(stride or spec.stride, norm_momentum, attention, bias_lookup, drop_group)
+
     def make(block: BlockSpec) -> Block:
         if block.kind == "stem":
-            return Stem(block, spec, norm_momentum)
+            return Stem(block, spec, choices)
+        if block.kind == "patches":
+            return Patches(block)
         if block.kind == "mbconv":
-            return MBConv(block, spec, stride or spec.stride, rates[block.name], norm_momentum)
+            return MBConv(block, spec, rates[block.name], choices)
         if block.kind == "transformer":
-            return Transformer(block, spec, rates[block.name], attention)
+            return Transformer(block, spec, rates[block.name], choices)
         return Head(block.width, classes)
 
     with torch.device(device):
-        return CoAtNet(spec, resolution, classes, make)
+        return CoAtNet(spec, resolution, classes, drop_group, make)
 
 
 def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias: float | Tensor = 0.0) -> None:
@@ -170,7 +239,8 @@ def initialise_block(
         if isinstance(module, BatchNorm):
             module.running_mean.zero_()
             module.running_var.fill_(1.0)
-        elif isinstance(module, RelativeAttention):
+            module.pending.zero_()
+        elif isinstance(module, RelativeAttention) and module.form != "none":
             _draw(f"{path}.table", module.table, seed, kernel_std)
             module.index.copy_(relative_index(*module.grid, device=module.index.device))
     if isinstance(block, Head):

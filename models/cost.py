@@ -127,6 +127,11 @@ def _stem(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
     )
 
 
+def _patches(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
+    """One convolution whose stride is its kernel."""
+    return _dense(block.width_in, block.width, block.grid[0] * block.grid[1], taps=block.stride**2)
+
+
 def _shortcut(block: BlockSpec) -> Count:
     """The identity branch: a linear map of the pooled input where the width changes."""
     if block.width_in == block.width:
@@ -156,11 +161,12 @@ def _transformer(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> 
     """Relative attention and the feed-forward part, on the tokens left after the pool."""
     (height, width), channels = block.grid, block.width
     tokens, hidden = height * width, spec.expansion * block.width
-    bias_table = channels // spec.head_size * (2 * height - 1) * (2 * width - 1)
+    bias_table = channels // spec.head_size * (2 * height - 1) * (2 * width - 1) if spec.relative_bias != "none" else 0
+    products = 3 if spec.relative_bias == "post" else 2  # the bias times the values is a product of its own
     return _sum(
         _norm(block.width_in),
         _dense(block.width_in, 3 * channels, tokens),
-        (bias_table, 2 * tokens * tokens * channels),
+        (bias_table, products * tokens * tokens * channels),
         _dense(channels, channels, tokens),
         _shortcut(block),
         _norm(channels),
@@ -176,6 +182,7 @@ def _head(spec: Spec, block: BlockSpec, stride: Stride, classes: int) -> Count:
 
 _COUNTERS: dict[Kind, Callable[[Spec, BlockSpec, Stride, int], Count]] = {
     "stem": _stem,
+    "patches": _patches,
     "mbconv": _mbconv,
     "transformer": _transformer,
     "head": _head,

@@ -37,12 +37,13 @@ class BatchNorm(nn.Module):
     Attributes:
         group: consecutive samples of one pass that share statistics; None: all of them.
         process_group: ranks whose passes form one group together; None: groups stay on this rank.
-        pending: (2, C) sums over groups of mean and unbiased variance since the last commit.
-        pending_groups: how many groups are in these sums.
+        pending: (2 C + 1,) sums over groups of mean and unbiased variance since the last commit, and how many groups
+            these are. A tensor that is added to in place, so that a compiled block need not be compiled again.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    pending: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-3, momentum: float = 0.01) -> None:
         """Create the layer.
@@ -60,8 +61,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.group: int | None = None
         self.process_group: dist.ProcessGroup | None = None
-        self.pending: Tensor | None = None
-        self.pending_groups = 0
+        self.register_buffer("pending", torch.zeros(2 * channels + 1), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to the same.
@@ -82,9 +82,9 @@ class BatchNorm(nn.Module):
         else:
             normalised, statistics = _normalise_here(x_BCHW, weight, bias, self.eps, size)
         if not _RECOMPUTING.get():
-            total = statistics.sum(0)
-            self.pending = total if self.pending is None else self.pending + total
-            self.pending_groups += statistics.shape[0]
+            with torch.no_grad():
+                self.pending[:-1].add_(statistics.sum(0).flatten())
+                self.pending[-1].add_(statistics.shape[0])
         return normalised
 
     def extra_repr(self) -> str:
@@ -124,20 +124,21 @@ def commit(model: nn.Module, process_group: dist.ProcessGroup | None = None, hea
     layers = _layers(model)
     if not layers:
         return
-    counts = {layer.pending_groups for layer in layers}
-    sums = [layer.pending.flatten() for layer in layers if layer.pending is not None]
-    if len(counts) != 1 or len(sums) != len(layers):
-        raise RuntimeError(f"BatchNorm: commit needs equally many groups in every layer, found {sorted(counts)}")
-    flat = torch.cat([*sums, sums[0].new_tensor([counts.pop()])])
+    counts = torch.stack([layer.pending[-1] for layer in layers])
+    # An assertion of ours, and one that need not wait for the device.
+    torch._assert_async(
+        ((counts == counts[0]) & (counts > 0)).all(), "BatchNorm: commit needs equally many groups in every layer"
+    )
+    flat = torch.cat([*(layer.pending[:-1] for layer in layers), counts[:1]])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flat, group=process_group)
     means = flat[:-1] / flat[-1]
     with torch.no_grad():
-        for layer, part in zip(layers, torch.split(means, [len(total) for total in sums]), strict=True):
+        for layer, part in zip(layers, torch.split(means, [len(layer.pending) - 1 for layer in layers]), strict=True):
             for running, new in zip((layer.running_mean, layer.running_var), part.view(2, -1), strict=True):
                 moved = torch.lerp(running, new, layer.momentum)
                 running.copy_(moved if healthy is None else torch.where(healthy, moved, running))
-            layer.pending, layer.pending_groups = None, 0
+            layer.pending.zero_()
 
 
 def _layers(model: nn.Module) -> list[BatchNorm]:

@@ -3,137 +3,39 @@
 Source: Dai, Liu, Le, Tan, "CoAtNet: Marrying Convolution and Attention for All Data Sizes", arXiv 2106.04803 v2.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
+from configs import schema
 from configs.errors import InputError, unknown
+from models.design import (
+    SUB_LAYERS,
+    BlockSpec,
+    ConvNorm,
+    Kind,
+    Published,
+    RelativeBias,
+    Resolution,
+    Spec,
+    Stage,
+    Stride,
+)
 
-Stride = Literal["expansion", "depthwise"]
-Kind = Literal["stem", "mbconv", "transformer", "head"]
-Resolution = int | tuple[int, int]  # pixels: a square, or (height, width)
-
-SUB_LAYERS: dict[Kind, int] = {"stem": 0, "mbconv": 1, "transformer": 2, "head": 0}  # that stochastic depth drops
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Blocks of one kind and width.
-
-    Attributes:
-        name: "s0" .. "s4"; "s3a" and "s3b" where the third stage has two kinds of blocks.
-        depth: blocks; of the stem, its convolutions, which form one block.
-        width: channels.
-        downsample: the first block halves height and width.
-    """
-
-    name: str
-    block: Literal["stem", "mbconv", "transformer"]
-    depth: int
-    width: int
-    downsample: bool = True
-
-
-@dataclass(frozen=True)
-class Published:
-    """What the paper prints about a model; None and absent where it prints nothing.
-
-    Attributes:
-        parameters: rounded as printed. The paper gives one figure per model whatever the resolution.
-        multiply_adds: (resolution, stride, multiply-adds of one picture's forward pass); the paper calls them FLOPs.
-        core_days: TPUv3-core-days of pre-training on JFT (table 5).
-        tables: the tables with these figures.
-    """
-
-    parameters: float | None = None
-    multiply_adds: tuple[tuple[int, Stride, float], ...] = ()
-    core_days: int | None = None
-    tables: tuple[int, ...] = ()
-
-    def multiply_adds_at(self, resolution: Resolution, stride: Stride) -> float | None:
-        """The printed multiply-adds for this resolution and stride placement, None where there are none."""
-        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-        for pixels, placed, count in self.multiply_adds:
-            if (pixels, pixels, placed) == (height, width, stride):
-                return count
-        return None
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """One block of a network at one resolution.
-
-    Attributes:
-        name: "blocks.<stage>.<index>", the prefix of its parameters' names.
-        width_in, width: channels before and after.
-        grid_in, grid: (height, width) of the feature map before and after.
-    """
-
-    name: str
-    stage: str
-    kind: Kind
-    width_in: int
-    width: int
-    downsample: bool
-    grid_in: tuple[int, int]
-    grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A network as data.
-
-    Attributes:
-        head_size: channels of one attention head.
-        expansion: hidden over output width, in MBConv and in the feed-forward part.
-        se_ratio: squeeze width over an MBConv's output width.
-        kernel: side of the stem's and the depthwise convolutions.
-        stride: the convolution of a down-sampling MBConv that has stride 2, unless the caller says otherwise.
-        kernel_std: standard deviation of initial kernels and bias tables.
-    """
-
-    name: str
-    stages: tuple[Stage, ...]
-    head_size: int
-    expansion: int = 4
-    se_ratio: float = 0.25
-    kernel: int = 3
-    stride: Stride = "expansion"
-    kernel_std: float = 0.02
-    published: Published = field(default_factory=Published)
-
-    def size(self, resolution: Resolution) -> tuple[int, int]:
-        """(height, width) in pixels.
-
-        Raises:
-            InputError: a side is not a positive multiple of the network's total stride.
-        """
-        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-        total: int = 2 ** sum(stage.downsample for stage in self.stages)
-        for side in (height, width):
-            if side < total or side % total:
-                raise InputError(
-                    f"resolution = {side}: must be a positive multiple of {total}, the total stride of {self.name}; "
-                    f"nearest valid: {max(total, round(side / total) * total)}"
-                )
-        return height, width
-
-    def blocks(self, resolution: Resolution) -> tuple[BlockSpec, ...]:
-        """Every block from the stem to the head in the order of the forward pass.
-
-        Raises:
-            InputError: see `size`.
-        """
-        grid, width = self.size(resolution), 3
-        found: list[BlockSpec] = []
-        for stage in self.stages:
-            for index in range(1 if stage.block == "stem" else stage.depth):
-                halved = stage.downsample and index == 0
-                after = (grid[0] // 2, grid[1] // 2) if halved else grid
-                name = f"blocks.{stage.name}.{index}"
-                found.append(BlockSpec(name, stage.name, stage.block, width, stage.width, halved, grid, after))
-                grid, width = after, stage.width
-        found.append(BlockSpec("blocks.head.0", "head", "head", width, width, False, grid, (1, 1)))
-        return tuple(found)
+__all__ = [
+    "SPECS",
+    "SUB_LAYERS",
+    "BlockSpec",
+    "ConvNorm",
+    "Kind",
+    "Published",
+    "RelativeBias",
+    "Resolution",
+    "Spec",
+    "Stage",
+    "Stride",
+    "get",
+    "of",
+]
 
 
 def get(name: str) -> Spec:
@@ -145,6 +47,58 @@ def get(name: str) -> Spec:
     if name not in SPECS:
         raise unknown("model", name, SPECS)
     return SPECS[name]
+
+
+def of(model: schema.Model) -> Spec:
+    """The network that a run asks for: the named one with the run's changes to its design.
+
+    What is changed is no longer what the paper printed, so that the published figures go, except for the stride, whose
+    two placements they tell apart.
+
+    Raises:
+        InputError: no such model, or a change that does not fit it.
+    """
+    found = get(model.name)
+    changes: dict[str, Any] = {}
+    if model.depths:
+        changes["stages"] = _with_depths(found, model.depths)
+    if model.head_size:
+        changes["head_size"] = model.head_size
+    if model.relative_bias != "auto":
+        changes["relative_bias"] = model.relative_bias
+    if model.conv_norm != "auto":
+        changes["conv_norm"] = model.conv_norm
+    changes = {name: value for name, value in changes.items() if value != getattr(found, name)}
+    if changes:
+        changes["published"] = Published()
+    if model.stride != "auto":
+        changes["stride"] = model.stride
+    changed = replace(found, **changes)
+    for stage in changed.stages:
+        if stage.block == "transformer" and stage.width % changed.head_size:
+            fitting = [size for size in (16, 32, 64, 128) if stage.width % size == 0]
+            nearest = min(fitting, key=lambda size: abs(size - changed.head_size), default=stage.width)
+            raise InputError(
+                f"model.head_size = {changed.head_size}: must divide the width {stage.width} of stage {stage.name} of "
+                f"{found.name}; nearest valid: {nearest}"
+            )
+    return changed
+
+
+def _with_depths(found: Spec, depths: tuple[int, ...]) -> tuple[Stage, ...]:
+    """The stages with other numbers of blocks.
+
+    Raises:
+        InputError: not one number of at least 1 for every stage, or another depth of the stem, which is one block.
+    """
+    own = tuple(stage.depth for stage in found.stages)
+    if len(depths) != len(own) or min(depths) < 1 or depths[0] != own[0]:
+        names = ", ".join(stage.name for stage in found.stages)
+        raise InputError(
+            f"model.depths = {depths}: must be the blocks of each stage ({names}) of {found.name}, at least 1, the "
+            f"first {own[0]}; its own: {own}"
+        )
+    return tuple(replace(stage, depth=depth) for stage, depth in zip(found.stages, depths, strict=True))
 
 
 def _stages(*sizes: tuple[int, int]) -> tuple[Stage, ...]:
@@ -166,7 +120,7 @@ def _split_stages(*sizes: tuple[int, int]) -> tuple[Stage, ...]:
     return (
         *first[:3],
         Stage("s3a", "mbconv", *s3a),
-        Stage("s3b", "transformer", *s3b, downsample=False),
+        Stage("s3b", "transformer", *s3b, stride=1),
         first[4],
     )
 

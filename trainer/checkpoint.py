@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,20 +97,29 @@ def newest(root: Path, member: Member, say: Any = print) -> Saved | None:
     names = [[path.name for path in sorted(root.glob("step-????????"), reverse=True)]]
     dist.broadcast_object_list(names, src=0, group=member.control)  # one list for all, whatever each disk shows
     for path in [root / name for name in names[0]]:
-        files = _manifest_files(path)
-        if isinstance(files, str):
-            problem = files
-        else:
-            mine = sorted(files)[member.rank :: member.world]
-            problem = next((bad for name in mine if (bad := _verify(path / name, *files[name]))), "")
+        problem = damage(path, member.rank, member.world)
         problems: list[str] = [""] * member.world
         dist.all_gather_object(problems, problem, group=member.control)
         found = next((text for text in problems if text), "")
         if not found:
-            return Saved(path, json.loads((path / "state.json").read_text()))
+            return opened(path)
         if member.first:
             say(f"passed over {path}: {found}")
     return None
+
+
+def damage(path: Path, rank: int = 0, world: int = 1) -> str:
+    """What is wrong with a checkpoint's files, or nothing; of `world` callers each reads its share."""
+    files = _manifest_files(path)
+    if isinstance(files, str):
+        return files
+    mine = sorted(files)[rank::world]
+    return next((bad for name in mine if (bad := _verify(path / name, *files[name]))), "")
+
+
+def opened(path: Path) -> Saved:
+    """A checkpoint that verified, with its small state."""
+    return Saved(path, json.loads((path / "state.json").read_text()))
 
 
 def restore(saved: Saved, fragments: list[Fragment], buffers: dict[str, Tensor]) -> None:
@@ -126,7 +136,7 @@ def restore(saved: Saved, fragments: list[Fragment], buffers: dict[str, Tensor])
 
 
 def load_parameters(saved: Saved, model: nn.Module, average: bool = False) -> None:
-    """Fill a whole model's parameters and buffers, for evaluation and export; no optimizer, no process group.
+    """Fill a whole model's parameters and buffers, for evaluation; no optimizer, no process group.
 
     Args:
         average: the moving averages in place of the raw weights.
@@ -134,15 +144,24 @@ def load_parameters(saved: Saved, model: nn.Module, average: bool = False) -> No
     Raises:
         CheckpointError: something is missing or of another size.
     """
-    sources = _Sources(saved.path)
+    targets = dict(model.named_parameters()) | running_statistics(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            flat = torch.empty(parameter.numel(), dtype=torch.float32)
-            sources.fill("ema" if average else "value", name, 0, flat)
-            parameter.copy_(flat.view_as(parameter))
-    statistics = running_statistics(model)
+        for name, value in tensors(saved, model, average):
+            targets[name].copy_(value)
+
+
+def tensors(saved: Saved, model: nn.Module, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that fill `model`, on any device, one after the other, fp32 on the CPU. See `load_parameters`."""
+    sources = _Sources(saved.path)
+    for name, parameter in model.named_parameters():
+        flat = torch.empty(parameter.numel(), dtype=torch.float32, device="cpu")
+        sources.fill("ema" if average else "value", name, 0, flat)
+        yield name, flat.view(parameter.shape)
     prefix = AVERAGE if average else ""
-    load_buffers(saved.path, {prefix + name: value for name, value in statistics.items()})
+    own = running_statistics(model)
+    statistics = {prefix + name: torch.empty_like(buffer, device="cpu") for name, buffer in own.items()}
+    load_buffers(saved.path, statistics)
+    yield from ((name.removeprefix(prefix), value) for name, value in statistics.items())
 
 
 def load_buffers(path: Path, wanted: dict[str, Tensor]) -> None:

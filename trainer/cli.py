@@ -46,6 +46,18 @@ COMMANDS = {
     ),
     "train": Command("trainer.cli_train", "train_command", "RECIPE [--FIELD VALUE ...]", "train, or continue, a run"),
     "eval": Command("trainer.cli_train", "eval_command", "RUN", "score a run's checkpoint on the held-out split"),
+    "export": Command(
+        "trainer.cli_weights",
+        "export_command",
+        "RUN [--format safetensors|timm|huggingface] [--out PATH] [--weights raw|ema] [--step N]",
+        "a run's weights as a file or folder for others",
+    ),
+    "import": Command(
+        "trainer.cli_weights",
+        "import_command",
+        "FILE [--out FILE] [--head reset --classes N]",
+        "timm's weights of the same design, or ours, as a file to start from",
+    ),
     "data": Command(
         "trainer.cli_data", "data_command", "demo --out DIR | verify DIR", "make shards of real pictures; check shards"
     ),

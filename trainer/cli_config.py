@@ -64,7 +64,7 @@ def resolve_command(recipe: str, overrides: list[str]) -> Run:
             raise
         raise InputError(_refusal(end, said.getvalue())) from None
     resolve.check(changed)
-    spec.get(changed.model.name)  # a name that is no model is refused here, long before the network is built
+    spec.of(changed.model)  # a name that is no model is refused here, long before the network is built
     return changed
 
 

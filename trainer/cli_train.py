@@ -43,6 +43,9 @@ and exits with 75. Fields and their defaults: `coatnet config show RECIPE`.
 
 --dry-run                    print what would run (configuration, layout, DeepSpeed's JSON, parameter groups, schedule,
                              counts, data, memory) and start nothing
+--init.path RUN_OR_FILE      start from the weights of another run's newest checkpoint, or of a file of `coatnet
+                             export`, at any resolution; --init.weights raw|ema chooses, --init.head reset takes other
+                             classes. A run that has a checkpoint of its own continues that instead
 --data.synthetic --steps 50  made-up pictures at the recipe's true size: does it fit, how fast is it
 
 exit codes: 0 done, 75 stopped on request and saved, 76 configuration or data error, 77 diverged, 130 stopped before
@@ -111,15 +114,18 @@ def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Da
     """
     from data_pipeline.augment import check_mixing
     from data_pipeline.stream import open_data
-    from models import spec
-    from trainer import cluster, deepspeed_shims, fit
+    from models import drop_path, spec
+    from trainer import cluster, deepspeed_shims, fit, warm_start
     from trainer.launch import free_port
     from trainer.plan import layout
 
-    spec.get(run.model.name)
+    spec.of(run.model)
     resolve.check(run)
     plan = layout(run, world)
     check_mixing(run.augment, plan.slices(0))  # micro-batches are of one size: the first rank's speak for all
+    drop_path.check_groups(run.model.drop_path_group if run.model.drop_path else 0, plan.slices(0))
+    if run.model.attention == "flex" and cluster.device_kind(run) == "cpu":
+        raise InputError("model.attention = 'flex': torch trains it on CUDA only; nearest valid: explicit")
     check_sinks(run)
     if not outside:
         free_port(run.cluster.master_port)
@@ -137,6 +143,7 @@ def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Da
     warmup, steps = resolve.warmup(run, split.samples), resolve.total_steps(run, split.samples)
     if warmup >= steps:
         raise InputError(f"optim.warmup_steps = {warmup}: the run has only {steps} steps; nearest valid: {steps - 1}")
+    warm_start.check(run, dataset, verified=not outside)
     available = cluster.available_bytes(run, local)
     return dataset, plan, fit.require_fit(run, plan, dataset.classes, available), available
 

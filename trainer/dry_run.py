@@ -6,7 +6,6 @@ from configs import resolve
 from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, cost, drop_path, spec
-from trainer import network
 from trainer.engine import deepspeed_config
 from trainer.fit import Memory
 from trainer.ledger import P_REF, U_REF
@@ -16,8 +15,8 @@ from trainer.plan import Layout
 
 def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available: int) -> str:
     """The resolved configuration, layout, DeepSpeed's JSON, parameter groups, schedule, counts, data and memory."""
-    found = spec.get(run.model.name)
-    counts = cost.count(found, run.model.resolution, network.stride(run), dataset.classes)
+    found = spec.of(run.model)
+    counts = cost.count(found, run.model.resolution, classes=dataset.classes)
     split = dataset.split("train")
     images = resolve.total_steps(run, split.samples) * run.data.global_batch
     flops = 6 * counts.multiply_adds * images
@@ -50,7 +49,7 @@ def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available
 
 def groups(run: Run, classes: int) -> str:
     """AdamW's parameter groups, name by name."""
-    model = coatnet.build(spec.get(run.model.name), resolution=run.model.resolution, classes=classes)
+    model = coatnet.build(spec.of(run.model), resolution=run.model.resolution, classes=classes)
     lines = []
     for group in parameter_groups(model.named_parameters(), run.optim.weight_decay):
         size = sum(parameter.numel() for parameter in group["params"])
@@ -72,7 +71,7 @@ def schedule(run: Run, samples: int) -> str:
 
 def rates(run: Run, classes: int) -> str:
     """The drop rate of the first and the last blocks."""
-    blocks = [b for b in cost.count(spec.get(run.model.name), run.model.resolution, network.stride(run), classes).blocks
+    blocks = [b for b in cost.count(spec.of(run.model), run.model.resolution, classes=classes).blocks
               if b.stage not in ("s0", "head")]  # fmt: skip
     values = drop_path.rates(len(blocks), run.model.drop_path)
     return f"{len(blocks)} blocks, {values[0]:.3f} in {blocks[0].name} to {values[-1]:.3f} in {blocks[-1].name}"

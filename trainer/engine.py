@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Run
+from models.attention import forget_biases, kept_biases
 from trainer import deepspeed_shims as shims
 from trainer.cluster import Member
 from trainer.ema import AVERAGE, WeightAverage, running_statistics
@@ -142,7 +143,7 @@ class Engine:
     def evaluation(self) -> Iterator[Any]:
         """The model as a callable (images) -> logits in evaluation mode, without gradients."""
         self._engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), kept_biases(self.model):
             yield self._engine
         self._engine.train()
 
@@ -151,9 +152,9 @@ class Engine:
         """The model with its averaged weights and BatchNorm statistics in place of the raw ones. Collective calls."""
         assert self.average is not None, "the run keeps no average"
         with self.average.swapped():
-            shims.publish(self._engine, self.zero)
+            self._publish()
             yield
-        shims.publish(self._engine, self.zero)
+        self._publish()
 
     @property
     def model(self) -> nn.Module:
@@ -183,7 +184,12 @@ class Engine:
     def restored(self, updates: int) -> None:
         """Let parameters and optimizer follow fragments that were just overwritten. A collective call."""
         shims.set_optimizer_step(self._engine, updates)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the parameters follow fragments that were written to. A collective call."""
         shims.publish(self._engine, self.zero)
+        forget_biases(self.model)
 
     def write_config(self, folder: Path) -> None:
         """Save DeepSpeed's JSON beside the run's own."""

@@ -12,6 +12,7 @@ import torch
 from configs import resolve
 from configs.errors import InputError
 from data_pipeline.stream import heldout_loader, open_data
+from models.attention import kept_biases
 from trainer import checkpoint, cluster, network
 from trainer.evaluate import evaluate
 
@@ -37,7 +38,7 @@ def evaluate_run(folder: Path) -> dict[str, float]:
         model.eval()
         batches = heldout_loader(dataset, "heldout", run, member.rank, member.world)
         autocast = torch.autocast(member.device.type, torch.bfloat16, enabled=run.precision.dtype == "bf16")
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast, kept_biases(model):
             found = evaluate(model, batches, run, dataset, member)
         scores |= {f"{prefix}/{name}": value for name, value in found.items()}
     if member.first:

@@ -6,7 +6,6 @@ from torch import Tensor
 from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, norm, spec
-from models.spec import Stride
 from trainer import cluster
 from trainer.plan import Layout
 
@@ -25,21 +24,17 @@ def head_bias(run: Run, dataset: Dataset) -> Tensor | float:
     return torch.logit(share).float()
 
 
-def stride(run: Run) -> Stride | None:
-    """The stride placement that the run asks for; None is the model's own."""
-    return None if run.model.stride == "auto" else run.model.stride
-
-
 def bare(run: Run, classes: int, device: torch.device, bias: Tensor | float = 0.0) -> coatnet.CoAtNet:
     """The network with its initial weights; they depend on the seed and the parameters' names alone."""
     model = coatnet.build(
-        spec.get(run.model.name),
+        spec.of(run.model),
         resolution=run.model.resolution,
         classes=classes,
-        stride=stride(run),
         drop_path=run.model.drop_path,
         norm_momentum=run.norm.momentum,
         attention=run.model.attention,
+        bias_lookup=run.model.bias_lookup,
+        drop_group=run.model.drop_path_group,
     )
     coatnet.initialise(model, run.seed, device, bias)
     return model
@@ -52,4 +47,6 @@ def in_layout(
     model = bare(run, classes, member.device, bias)
     team = cluster.team_group(member, plan.team)
     norm.configure(model, group=min(plan.micro_batch, plan.replica_batch), process_group=team)
+    if run.parallel.compile:
+        coatnet.compile_blocks(model)
     return model

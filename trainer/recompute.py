@@ -14,20 +14,34 @@ RunBlock = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 
 
 def run_block(kind: str) -> RunBlock | None:
-    """How the network calls its blocks: None calls them plainly; "full" keeps a block's inputs only.
+    """How the network calls its blocks.
 
-    The second pass of a recomputed block sees the same inputs, the same stochastic-depth factors and the same
-    arithmetic, and our BatchNorm does not count its statistics again. It draws no random numbers, so none are saved.
+    None calls them plainly and keeps everything. "full" keeps a block's input only. "selective" keeps the outputs of
+    convolutions, linear maps and attention, and makes the norms, GELUs and scalings before them again: these are most
+    of what is kept and little of the work.
+
+    A second pass sees the same inputs, the same stochastic-depth factors and the same arithmetic, and our BatchNorm
+    does not count its statistics again. It draws no random numbers, so none are saved.
     """
-    return _full if kind == "full" else None
+    return {"none": None, "selective": _selective, "full": _inputs_only}[kind]
 
 
-def _full(block: Callable[..., Any], x: Tensor, drop: Tensor | None) -> Tensor:
-    """Run `block`, keeping its inputs only."""
+def _selective(block: Callable[..., Any], x: Tensor, drop: Tensor | None) -> Tensor:
+    """Run `block`, each of its segments keeping its inputs only.
+
+    A segment ends in a convolution, a linear map or a product. torch stops a second pass as soon as the last tensor
+    is there that was wanted, which is the input of that last operation: it is not computed again.
+    """
+    result: Tensor = block(x, drop, _inputs_only)
+    return result
+
+
+def _inputs_only(work: Callable[..., Any], *inputs: Tensor | None) -> Tensor:
+    """Run `work`, a block or a part of one, keeping its inputs only."""
     if not torch.is_grad_enabled():
-        result: Tensor = block(x, drop)
+        result: Tensor = work(*inputs)
         return result
-    output: Tensor = checkpoint(block, x, drop, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+    output: Tensor = checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
     return output
 
 

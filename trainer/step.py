@@ -48,7 +48,8 @@ def train_step(
         wanted = augment.targets(batch, classes, run.optim.label_smoothing, run.optim.loss)
         drop = None
         if run.model.drop_path > 0:
-            drop = drop_path.scales(cpu_batch.seeds_B, model.drop_rates).to(device, non_blocking=True)
+            drop = drop_path.scales(cpu_batch.seeds_B, model.drop_rates, model.drop_group)
+            drop = drop.to(device, non_blocking=True)
         total += engine.forward_backward(images, wanted, loss_of, drop_SB=drop, run=blocks)
     grad_norm = engine.update(learning_rate)
     healthy = torch.isfinite(grad_norm)

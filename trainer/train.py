@@ -20,7 +20,7 @@ from configs.schema import Run
 from data_pipeline.manifest import Split
 from data_pipeline.order import Order
 from data_pipeline.stream import open_data, train_loader
-from models import cost, spec
+from models import attention, cost, spec
 from trainer import checkpoint, cluster, environment, network
 from trainer.engine import Engine
 from trainer.ledger import Ledger
@@ -32,6 +32,7 @@ from trainer.session import Session
 from trainer.step import train_step
 from trainer.stopping import StopFlag
 from trainer.track import CarryProcess, RunLog, run_folder, wanted
+from trainer.warm_start import warm_start
 
 DONE, STOPPED, INPUT_ERROR, DIVERGED = 0, 75, 76, 77
 
@@ -67,8 +68,10 @@ def prepare(run: Run, member: cluster.Member, began: float) -> Session:
     order = open_order(run, split, saved)
 
     bias = network.head_bias(run, dataset)
-    engine = Engine(network.in_layout(run, dataset.classes, plan, member, bias), run, plan, member)
-    counts = cost.count(spec.get(run.model.name), run.model.resolution, network.stride(run), dataset.classes)
+    model = network.in_layout(run, dataset.classes, plan, member, bias)
+    began_from = warm_start(run, dataset, model, member) if saved is None and run.init.path else {}
+    engine = Engine(model, run, plan, member)
+    counts = cost.count(spec.of(run.model), run.model.resolution, classes=dataset.classes)
     ledger = Ledger(counts.multiply_adds, member.peak)
     step = 0
     if saved is not None:
@@ -83,6 +86,9 @@ def prepare(run: Run, member: cluster.Member, began: float) -> Session:
         line=line, steps=steps, warmup=warmup, end=end, step=step, held_since=began,
     )  # fmt: skip
     announce(session)
+    if began_from:
+        session.event("init", **began_from)
+        line.say(f"starts from the {began_from['weights']} weights of {run.init.path}, step {began_from['of_step']}")
     return session
 
 
@@ -109,7 +115,13 @@ def announce(session: Session) -> None:
     kind = "resume" if session.step else "start"
     session.engine.write_config(session.folder)
     (session.folder / "environment.json").write_text(json.dumps(environment.facts(member.device_name), indent=2))
-    session.event(kind, world=member.world, device=member.device_name, config=resolve.digest(run))
+    session.event(
+        kind,
+        world=member.world,
+        device=member.device_name,
+        config=resolve.digest(run),
+        attention=attention.resolve(run.model.attention, member.device),
+    )
     parameters = sum(fragment.value.numel() for fragment in session.engine.fragments(owned=True))
     session.line.say(
         f"{kind} {session.folder} at step {session.step} of {session.end}: {run.model.name} at "
@@ -117,7 +129,7 @@ def announce(session: Session) -> None:
         f"{member.world} x {member.device_name}, ZeRO-{run.parallel.zero}, recompute {run.parallel.recompute}, "
         f"{run.precision.dtype}; global batch {plan.global_batch} = {member.world} ranks x {plan.accumulation} x "
         f"{plan.micro_batch}, BatchNorm over {plan.replica_batch}; {parameters:,} parameters on this rank; "
-        f"clip {run.optim.clip_norm:g}"
+        f"clip {run.optim.clip_norm:g}; attention {attention.resolve(run.model.attention, member.device)}"
     )
 
 

@@ -12,10 +12,12 @@ from trainer.launch import free_port, launch
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {"zero": 0},
     "zero0-full": {"zero": 0, "recompute": "full"},
+    "zero0-selective": {"zero": 0, "recompute": "selective"},
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero3": {"zero": 3},
     "zero3-full": {"zero": 3, "recompute": "full"},
+    "zero3-selective": {"zero": 3, "recompute": "selective"},
     "zero1-group-over-two-ranks": {"zero": 1, "micro_batch": 4},
     "zero3-full-group-over-two-ranks": {"zero": 3, "recompute": "full", "micro_batch": 4},
     "zero0-group-over-two-ranks": {"zero": 0, "micro_batch": 4},
@@ -29,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-poisoned": {"zero": 3, "recompute": "full", "poisoned_at": 4, "restart_at": 7},
     # last: DeepSpeed remembers for the whole process that autocast was once switched on
     "zero1-bf16": {"zero": 1, "dtype": "bf16"},
+    "zero3-selective-bf16": {"zero": 3, "dtype": "bf16", "recompute": "selective"},
     "zero3-full-bf16": {"zero": 3, "dtype": "bf16", "recompute": "full"},
 }
 Answer = dict[str, dict[str, Any]]
@@ -125,11 +128,12 @@ def test_averaged_weights_equal_a_gathered_reference(
     assert max(apart) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_recomputation_changes_nothing(stage: int, answers: list[Answer]) -> None:
-    without, full = answers[0][f"zero{stage}"], answers[0][f"zero{stage}-full"]
-    assert full["losses"] == without["losses"]
-    assert full["buffers"] == without["buffers"]
+def test_recomputation_changes_nothing(stage: int, kind: str, answers: list[Answer]) -> None:
+    without, again = answers[0][f"zero{stage}"], answers[0][f"zero{stage}-{kind}"]
+    assert again["losses"] == without["losses"]
+    assert again["buffers"] == without["buffers"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from models.attention import Backend, RelativeAttention, attend, relative_index
+from models import coatnet, spec
+from models.attention import (
+    Backend,
+    RelativeAttention,
+    attend,
+    forget_biases,
+    kept_biases,
+    look_up,
+    relative_index,
+)
+from models.design import RelativeBias
 
 
 def layer(backend: Backend = "explicit", grid: tuple[int, int] = (3, 4)) -> RelativeAttention:
@@ -78,3 +88,75 @@ def test_sdpa_is_near_under_bf16() -> None:
     assert fused.dtype == torch.bfloat16
     assert torch.allclose(explicit.float(), fused.float(), rtol=0, atol=0.03)
     assert float(explicit.float().std()) > 0.3
+
+
+def test_lookups_agree_with_gradients_under_autocast_too() -> None:
+    table = torch.randn(3, 5, 9, requires_grad=True)
+    index, weight = relative_index(3, 5, "cpu"), torch.randn(3, 15, 15)
+    found = []
+    for lookup in ("index_select", "einsum"):
+        with torch.autocast("cpu", torch.bfloat16):
+            bias = look_up(table, index, (3, 5), lookup)
+        (gradient,) = torch.autograd.grad((bias * weight).sum(), table)
+        found.append((bias, gradient))
+    assert found[0][0].dtype == found[1][0].dtype == torch.float32
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["pre", "post", "none"])
+def test_all_backends_and_forms_are_their_formula(form: RelativeBias) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 15, 8, generator=generator, dtype=torch.float64).unbind(0)
+    bias = torch.randn(4, 15, 15, generator=generator, dtype=torch.float64) if form != "none" else None
+    products = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(8)
+    added = 0.0 if bias is None else bias
+    weights = (products + added).softmax(-1) if form == "pre" else products.softmax(-1) + added
+    expected = torch.einsum("bhqk,bhkd->bhqd", weights, v)
+    with torch.no_grad():
+        for backend in ("explicit", "sdpa", "flex"):
+            found = attend(q, k, v, bias, backend, form)
+            tolerance = 1e-12 if backend != "flex" else 1e-5  # torch's uncompiled form computes in float32
+            assert torch.allclose(found, expected, rtol=0, atol=tolerance), backend
+
+
+def test_a_bias_with_padded_rows_is_the_same_bias() -> None:
+    q, k, v = torch.randn(3, 2, 4, 15, 8).unbind(0)
+    bias = torch.randn(4, 15, 15)
+    padded = torch.nn.functional.pad(bias, (0, 1))[..., :15]
+    assert padded.stride(1) == 16
+    assert torch.equal(attend(q, k, v, bias, "sdpa"), attend(q, k, v, padded, "sdpa"))
+
+
+def test_flex_does_not_pretend_to_train_on_a_cpu() -> None:
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="flex trains on CUDA only"):
+        attend(q, q, q, None, "flex")
+
+
+def test_kept_biases_follow_every_change_of_the_weights() -> None:
+    model = coatnet.build(spec.get("coatnet-nano"), resolution=64, classes=4, device="cpu")
+    coatnet.initialise(model.eval(), 0, "cpu")
+    attention = model.get_submodule("blocks.s3.0.attention")
+    assert isinstance(attention, RelativeAttention)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), kept_biases(model):
+        before = model(x)
+        assert attention.bias() is attention.bias()
+        assert torch.equal(model(x), before)
+        attention.table.add_(1.0 * torch.randn_like(attention.table))  # seen by itself
+        after = model(x)
+        assert not torch.equal(after, before)
+        attention.table.data.zero_()  # behind torch's back
+        forget_biases(model)
+        assert not torch.equal(model(x), after)
+        kept = attention.bias()
+        attention.table = torch.nn.Parameter(torch.randn_like(attention.table))
+        assert attention.bias() is not kept
+    with torch.no_grad():
+        assert attention.bias() is not attention.bias()
+    with kept_biases(model):
+        assert attention.bias() is not attention.bias()  # with gradients nothing is kept
+        model(x).sum().backward()
+    assert attention.table.grad is not None
+    assert attention.table.grad.abs().sum() > 0

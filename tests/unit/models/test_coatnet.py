@@ -26,7 +26,7 @@ SPLIT = Spec(
         Stage("s1", "mbconv", 1, 8),
         Stage("s2", "mbconv", 1, 16),
         Stage("s3a", "mbconv", 2, 24),
-        Stage("s3b", "transformer", 2, 32, downsample=False),
+        Stage("s3b", "transformer", 2, 32, stride=1),
         Stage("s4", "transformer", 1, 32),
     ),
     head_size=8,

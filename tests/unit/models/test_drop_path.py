@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs.errors import InputError
 from models import drop_path
 
 
@@ -44,3 +45,34 @@ def test_refuses_rates_and_seeds_out_of_range() -> None:
         drop_path.scales(torch.arange(2), [1.0])
     with pytest.raises(ValueError, match="int64"):
         drop_path.scales(torch.arange(2).float(), [0.5])
+
+
+@pytest.mark.parametrize(("rate", "group", "gone"), [(0.0, 8, 0), (0.25, 8, 2), (0.3, 8, 2), (0.5, 4, 2), (0.95, 4, 3)])
+def test_an_exact_count_of_every_group_drops(rate: float, group: int, gone: int) -> None:
+    factors = drop_path.scales(torch.arange(64 * group), [rate] * 3, group)
+    per_group = (factors == 0).view(3, 64, group).sum(-1)
+    assert (per_group == gone).all()
+    assert drop_path.dropped(rate, group) == gone
+    kept = factors[factors > 0]
+    assert torch.equal(kept, torch.full_like(kept, group / (group - gone)))
+    # Which samples drop differs from group to group and layer to layer, and every place is hit.
+    if 0 < gone < group - 1:
+        places = (factors == 0).view(3 * 64, group)
+        assert places.any(0).all()
+        assert len({tuple(row.tolist()) for row in places}) > 3
+
+
+def test_groups_have_their_factors_wherever_they_are() -> None:
+    seeds = torch.arange(100, 124)
+    whole = drop_path.scales(seeds, [0.3] * 10, 4)
+    for start in range(0, 24, 4):
+        assert torch.equal(drop_path.scales(seeds[start : start + 4], [0.3] * 10, 4), whole[:, start : start + 4])
+
+
+def test_refuses_parted_groups() -> None:
+    with pytest.raises(ValueError, match="6 samples are not made of whole groups of 4"):
+        drop_path.scales(torch.arange(6), [0.5], 4)
+    drop_path.check_groups(4, [(8, 16), (24, 32)])
+    drop_path.check_groups(0, [(3, 5)])
+    with pytest.raises(InputError, match=r"model.drop_path_group = 4.*positions 6..12 part a group; nearest valid: 2"):
+        drop_path.check_groups(4, [(0, 4), (6, 12)])

@@ -87,13 +87,13 @@ def test_recomputation_counts_once_and_changes_nothing() -> None:
     torch.autograd.backward((y**3).sum())
     expected = plain(picture(8))
     assert torch.equal(y, expected)
-    assert ours.pending_groups == 1
+    assert ours.pending[-1] == 1
     norm.commit(ours)
     norm.commit(plain)
     assert torch.equal(ours.running_mean, plain.running_mean)
     with norm.recomputing():
         assert torch.equal(ours(picture(8)), expected)
-    assert ours.pending is None
+    assert not ours.pending.any()
 
 
 def test_bf16_has_float32_statistics_and_keeps_dtype_and_layout() -> None:
@@ -104,8 +104,6 @@ def test_bf16_has_float32_statistics_and_keeps_dtype_and_layout() -> None:
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
     expected = exact(x.double())
-    assert ours.pending is not None
-    assert exact.pending is not None
     assert torch.allclose(ours.pending.double(), exact.pending, rtol=1e-5)
     assert torch.allclose(y.double(), expected, rtol=2**-7, atol=2**-7)
     ours.bfloat16().running_mean.data = ours.running_mean.float()
@@ -125,10 +123,10 @@ def test_refuses_ragged_groups_and_uneven_commits() -> None:
     with pytest.raises(ValueError, match="8 samples is not made of whole groups of 3"):
         ours(picture(8))
     two = nn.ModuleList([pair()[0], pair()[0]])
-    with pytest.raises(RuntimeError, match=r"\[0\]"):
+    with pytest.raises(RuntimeError, match="equally many groups"):
         norm.commit(two)
     two[0](picture(8))
-    with pytest.raises(RuntimeError, match=r"\[0, 1\]"):
+    with pytest.raises(RuntimeError, match="equally many groups"):
         norm.commit(two)
 
 

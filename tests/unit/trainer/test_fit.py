@@ -1,46 +1,33 @@
-"""The memory estimate against what autograd really keeps, and the refusal that comes from it."""
+"""The memory estimate, and the refusal that comes from it."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from configs import resolve
 from configs.errors import InputError
-from models import coatnet, norm, spec
-from trainer.fit import FIXED, estimate, require_fit, saved_bytes
+from models import spec
+from models.activations import Dtype, Recompute, activations, peak
+from trainer.fit import FIXED, estimate, require_fit
 from trainer.plan import layout
 
 
-def really_saved(batch: int) -> int:
-    """Bytes of the distinct storages that a real fp32 forward pass keeps, parameters aside."""
-    model = coatnet.build(spec.get("coatnet-nano"), resolution=64, classes=10, attention="explicit")
-    coatnet.initialise(model, 0, "cpu")
-    norm.configure(model, group=batch)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.randn(batch, 3, 64, 64))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize("batch", [2, 8])
-def test_saved_bytes_are_what_autograd_keeps(batch: int) -> None:
-    model = coatnet.build(spec.get("coatnet-nano"), resolution=64, classes=10, attention="explicit")
-    assert saved_bytes(model, batch, recompute=False) == pytest.approx(really_saved(batch), rel=0.05)
-
-
-def test_recomputation_keeps_far_less() -> None:
-    model = coatnet.build(spec.get("coatnet3"), resolution=224, classes=10, attention="explicit")
-    assert saved_bytes(model, 4, recompute=True) < 0.35 * saved_bytes(model, 4, recompute=False)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_are_those_of_the_micro_batch(recompute: Recompute, dtype: Dtype) -> None:
+    # That a real pass keeps as many is held by tests/numerics/test_saved_bytes.py.
+    run = resolve.load("coatnet0-in1k-224")
+    run = replace(
+        run,
+        parallel=replace(run.parallel, recompute=recompute, micro_batch=128),
+        precision=replace(run.precision, dtype=dtype),
+        cluster=replace(run.cluster, device="cpu"),
+    )
+    blocks = activations(
+        spec.get("coatnet0"), 224, batch=128, dtype=dtype, recompute=recompute, attention="explicit", classes=10
+    )
+    assert estimate(run, layout(run, 8), 10).activations == peak(blocks)
 
 
 def test_states_follow_the_stage() -> None:
@@ -71,3 +58,21 @@ def test_too_large_is_refused_with_what_would_fit() -> None:
         assert word in str(refused.value)
     small = replace(run, parallel=replace(run.parallel, micro_batch=128))
     assert FIXED < require_fit(small, layout(small, 8), 1000, 16_000_000_000).total < 16_000_000_000
+
+
+def test_the_cheapest_recomputation_that_fits_is_named() -> None:
+    run = resolve.load("coatnet0-in1k-224")
+    kinds = ("none", "selective", "full")
+    runs = {kind: replace(run, parallel=replace(run.parallel, recompute=kind)) for kind in kinds}
+    plan = layout(run, 8)
+    none, selective, full = (estimate(runs[kind], plan, 1000).total for kind in kinds)
+    assert full < selective < none
+    with pytest.raises(InputError, match="recompute selective"):
+        require_fit(runs["none"], plan, 1000, selective)
+    assert require_fit(runs["selective"], plan, 1000, selective).total == selective
+    with pytest.raises(InputError, match="recompute full"):
+        require_fit(runs["none"], plan, 1000, selective - 1)
+    with pytest.raises(InputError, match=r"micro-batch (\d+) or less") as refused:
+        require_fit(runs["full"], plan, 1000, full - 1)
+    named = int(str(refused.value).rpartition("micro-batch ")[2].split()[0])
+    assert require_fit(runs["full"], replace(plan, micro_batch=named), 1000, full - 1).total < full

@@ -1,0 +1,89 @@
+"""Weights of another run, or of an exported file, in place of fresh ones: `coatnet train --init.path`.
+
+They fill the whole network before the engine cuts it, so that they go into every layout; a checkpoint's fragments are
+intervals, so that they come from every layout.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.schema import Run
+from data_pipeline.manifest import Dataset
+from models import interop, spec, timm_design
+from models.card import Card
+from models.coatnet import CoAtNet
+from models.compare import check_fit
+from models.weight_file import located
+from trainer import checkpoint, export
+from trainer.cluster import Member
+from trainer.track import run_folder
+
+REMEDY = "--init.head reset"
+
+
+def check(run: Run, dataset: Dataset, verified: bool = True) -> None:
+    """Refuse weights that do not fit, before anything starts. A run with a checkpoint of its own needs none.
+
+    Args:
+        verified: read every byte of another run's checkpoint as well.
+
+    Raises:
+        InputError: the path, what does not fit, and what would.
+    """
+    if not run.init.path or any(run_folder(run).glob("checkpoints/step-*/COMPLETE")):
+        return
+    path = Path(run.init.path)
+    if export.is_run(path):
+        card = export.card_of(path, export.saved_in(path, verified=verified), run.init.weights)
+    else:
+        card = _of_file(run, path).card
+    _check(run, dataset, card)
+
+
+def warm_start(run: Run, dataset: Dataset, model: CoAtNet, member: Member) -> dict[str, Any]:
+    """Fill a fresh network on this rank with the weights that the run starts from. A collective call.
+
+    Returns:
+        What the run's events say about it: path, digest, kind and step of the weights, and their resolution.
+
+    Raises:
+        InputError: they do not fit or are not finite, by the tensor's name.
+    """
+    path = Path(run.init.path)
+    if export.is_run(path):
+        saved = checkpoint.newest(path / "checkpoints", member)
+        if saved is None:
+            raise InputError(f"init.path = {run.init.path!r}: has no checkpoint that verifies")
+        card = export.card_of(path, saved, run.init.weights)
+        tensors = checkpoint.tensors(saved, interop.network(card), average=card.weights == "ema")
+        digest = (saved.path / "COMPLETE").read_text()
+    else:
+        weights = _of_file(run, path)
+        card, tensors = weights.card, iter(weights.tensors.items())
+        with located(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if member.first else ""
+    _check(run, dataset, card)
+    interop.fill(model, tensors, run.init.path, run.init.head)
+    facts = {"path": run.init.path, "digest": digest, "weights": card.weights, "of_step": card.step}
+    return facts | {"resolution": list(card.resolution), "head": run.init.head}
+
+
+def _of_file(run: Run, path: Path) -> interop.Weights:
+    """The weights in a file or in a folder that is no run's, of the kind that the run asks for."""
+    if not path.exists():
+        raise InputError(f"init.path = {run.init.path!r}: no run folder and no file; `coatnet export RUN` writes one")
+    weights = timm_design.read_any(path)
+    if run.init.weights not in ("auto", weights.card.weights):
+        raise InputError(
+            f"init.weights = {run.init.weights!r}: {path} holds {weights.card.weights} weights only; nearest valid: "
+            f"{weights.card.weights!r}"
+        )
+    return weights
+
+
+def _check(run: Run, dataset: Dataset, card: Card) -> None:
+    """Hold the card against the network and the classes of the run."""
+    where = f"init.path = {run.init.path!r}"
+    check_fit(card, spec.of(run.model), dataset.vocabulary, where, run.init.head, REMEDY)
