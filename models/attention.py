@@ -66,7 +66,7 @@ def _one_hot(side: int, like: Tensor) -> Tensor:
     """(side, side, 2 side - 1): one where the last index is the offset query - key, counted from the smallest."""
     places = torch.arange(side, device=like.device)
     offsets = places[:, None] - places[None, :] + side - 1
-    return F.one_hot(offsets, 2 * side - 1).to(like.dtype)
+    return (offsets.unsqueeze(-1) == torch.arange(2 * side - 1, device=like.device)).to(like.dtype)
 
 
 def resolve(backend: Backend, device: torch.device) -> Backend:
@@ -105,8 +105,7 @@ def attend(
     backend = resolve(backend, q_BHND.device)
     before = bias_HNN if form == "pre" else None
     if backend == "sdpa":
-        # Four dimensions: a mask of three is refused by some fused kernels and silently slow in others.
-        mask_1HNN = None if before is None else before.to(q_BHND.dtype).unsqueeze(0)
+        mask_1HNN = None if before is None else _mask(before.to(q_BHND.dtype))
         scale = q_BHND.shape[-1] ** -0.5
         y_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask_1HNN, scale=scale)
     elif backend == "flex":
@@ -116,6 +115,18 @@ def attend(
     if form == "post" and bias_HNN is not None:
         y_BHND = y_BHND + torch.matmul(bias_HNN.to(v_BHND.dtype), v_BHND)
     return y_BHND
+
+
+def _mask(bias_HNN: Tensor) -> Tensor:
+    """The bias as CUDA's memory-efficient kernel takes it without a copy: (1, H, N, N), its rows aligned.
+
+    Four dimensions: a mask of three is refused by some fused kernels and silently slow in others.
+    """
+    tokens = bias_HNN.shape[-1]
+    short = -tokens % KEY_MULTIPLE
+    if short and bias_HNN.is_cuda:
+        bias_HNN = F.pad(bias_HNN, (0, short))[..., :tokens]
+    return bias_HNN.unsqueeze(0)
 
 
 def _explicit(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor | None) -> Tensor:
@@ -222,23 +233,16 @@ class RelativeAttention(nn.Module):
         return result
 
     def bias(self) -> Tensor | None:
-        """(H, N, N), rows `KEY_MULTIPLE` aligned on CUDA; None without relative bias."""
+        """(H, N, N); None without relative bias."""
         if self.form == "none":
             return None
         # Kept only inside `kept_biases`: in training a bias that outlives its pass gets no gradient.
-        if not self._keeping or torch.is_grad_enabled():
-            return self._fresh_bias()
+        if not self._keeping or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return look_up(self.table, self.index, self.grid, self.lookup)
         key = (self.table.data_ptr(), self.table._version, self.table.shape)
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._fresh_bias()
+            self._kept = key, look_up(self.table, self.index, self.grid, self.lookup)
         return self._kept[1]
-
-    def _fresh_bias(self) -> Tensor:
-        bias_HNN = look_up(self.table, self.index, self.grid, self.lookup)
-        short = -bias_HNN.shape[-1] % KEY_MULTIPLE
-        if short and resolve(self.backend, self.table.device) == "sdpa" and self.table.is_cuda:
-            bias_HNN = F.pad(bias_HNN, (0, short))[..., : bias_HNN.shape[-1]]
-        return bias_HNN
 
     def _mix(self, packed: Tensor) -> Tensor:
         """(B, N, 3 width) of queries, keys and values to (B, N, width)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models import coatnet, drop_path, norm, spec
+from models.attention import kept_biases
 from models.coatnet import CoAtNet
 from models.spec import Spec
 from trainer.recompute import run_block
@@ -101,6 +102,10 @@ def test_equal_blocks_are_compiled_once() -> None:
     for tensor, value in again.items():
         assert torch.allclose(found[tensor], value, rtol=1e-4, atol=1e-5), tensor
     assert list(compiled.state_dict()) == list(plain.state_dict())
+    pictures = torch.randn(8, 3, 64, 64)
+    with torch.no_grad(), kept_biases(compiled):
+        assert torch.allclose(compiled.eval()(pictures), plain.eval()(pictures), rtol=1e-4, atol=1e-5)
+    assert not counters["graph_break"]
     assert (len(compiled.flat), sum(1 for name, _ in compiled.flat if name.startswith("blocks.s3"))) == (21, 6)
 
 
