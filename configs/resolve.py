@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
-from configs import demo, imagenet, jft
+from configs import demo, imagenet, jft, study
 from configs.errors import InputError, unknown
 from configs.run_json import check_types, diff, digest, flat, from_json, recorded, to_json
 from configs.schema import Run
@@ -31,6 +31,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     "coatnet4-in21k-224": imagenet.coatnet4_in21k_224,
     "coatnet5-jft300m-224": jft.coatnet5_jft300m_224,
     "coatnet7-jft3b-224": jft.coatnet7_jft3b_224,
+    **study.RECIPES,
 }
 
 

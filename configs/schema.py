@@ -3,10 +3,14 @@
 Cross-field rules (batch against world size, schedule against steps) live in `configs/resolve.py`.
 """
 
+import math
+import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.errors import InputError
+
+MAX_CYCLE = 4096  # positions in which a mixture gives every data set its share exactly
 
 
 def require(ok: bool, name: str, value: object, rule: str, nearest: object) -> None:
@@ -85,12 +89,17 @@ class Norm:
 class Data:
     """Which samples, in which order."""
 
-    path: str = ""  # folder with manifest.json, as written by `coatnet data`
+    path: str = ""  # folder or URL (http, https, s3, gs) with manifest.json, as written by `coatnet data`
+    mixture: tuple[str, ...] = ()  # PATH:WEIGHT of several data sets read together, in place of `path`
     global_batch: int = 4096  # samples per optimizer step over all ranks; never changed silently
     workers: int = 2  # loader processes per rank; 0 loads in the rank itself
     lanes: int = 720  # shards read side by side; capped at what the data and the batch allow
     piece: int = 8192  # samples of a lane that are permuted together
     max_pixels: int = 100_000_000  # a larger picture is refused, not decoded
+    cache: str = ""  # node-local folder to keep fetched shards in; empty: a temporary one for URLs, none for folders
+    cache_bytes: int = 100_000_000_000  # the cache's size, which only shards in use may exceed
+    fetch_retries: int = 5  # attempts in a row that bring nothing new, after the first
+    pipe: str = ""  # command that writes {url} to its output, from byte {offset} if named; in place of our own fetching
     synthetic: bool = False  # made-up pictures instead of `path`, to check speed and fit of a machine
     synthetic_classes: int = 1000  # classes of the made-up data set
 
@@ -101,6 +110,55 @@ class Data:
         at_least("data.piece", self.piece, 1)
         at_least("data.max_pixels", self.max_pixels, 1024)
         at_least("data.synthetic_classes", self.synthetic_classes, 2)
+        at_least("data.cache_bytes", self.cache_bytes, 1)
+        in_range("data.fetch_retries", self.fetch_retries, 0, 1000)
+        check_pipe(self)
+        check_mixture(self.mixture)
+
+
+def check_pipe(data: Data) -> None:
+    """Refuse a `data.pipe` that names no {url}, another placeholder, or that no URL would use.
+
+    Raises:
+        InputError: see above.
+    """
+    command = data.pipe
+    plain = command.replace("{url}", "").replace("{offset}", "")
+    try:
+        ok = not command or ("{url}" in " ".join(shlex.split(command)[1:]) and not {"{", "}", "\0"} & set(plain))
+    except ValueError:  # a quote without its partner
+        ok = False
+    require(ok, "data.pipe", command, "must be a command with {url}, and may have {offset}", "curl -sf {url}")
+    ok = not command or any("://" in path for path in (data.path, *data.mixture))
+    require(ok, "data.pipe", command, "fetches URLs, and data.path is none", "")
+
+
+def mixture_entry(entry: str) -> tuple[str, int]:
+    """Path and weight of an entry of `data.mixture`.
+
+    Raises:
+        InputError: not PATH:WEIGHT with a whole number from 1 to 999,999,999.
+    """
+    path, _, weight = entry.rpartition(":")
+    good = bool(path) and weight.isascii() and weight.isdecimal() and 0 < int(weight[:19]) < 10**9
+    rule = "must be PATH:WEIGHT, the weight a whole number from 1 to 999999999"
+    require(good, "data.mixture", entry, rule, f"{path or entry or 'PATH'}:1")
+    return path, int(weight)
+
+
+def check_mixture(entries: tuple[str, ...]) -> None:
+    """Refuse a data set that is named twice, and weights whose cycle is too long to look up.
+
+    Raises:
+        InputError: see above, or `mixture_entry`'s.
+    """
+    weights = dict(map(mixture_entry, entries))
+    once = tuple(f"{path}:{weight}" for path, weight in weights.items())
+    require(len(once) == len(entries), "data.mixture", entries, "must name a data set once", once)
+    total, room = sum(weights.values()), MAX_CYCLE - len(weights)
+    rule = f"the weights, in lowest terms, must add up to at most {MAX_CYCLE}"
+    lighter = tuple(f"{path}:{max(1, weight * room // max(total, 1))}" for path, weight in weights.items())
+    require(total <= MAX_CYCLE * math.gcd(*weights.values()), "data.mixture", entries, rule, lighter)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ def _explicit(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor |
     """The formula as it stands."""
     products_BHNN = torch.matmul(q_BHND * q_BHND.shape[-1] ** -0.5, k_BHND.transpose(-2, -1))
     exact = torch.promote_types(products_BHNN.dtype, torch.float32)
-    logits_BHNN = products_BHNN.to(exact) if bias_HNN is None else products_BHNN + bias_HNN.to(exact)
+    logits_BHNN = products_BHNN.to(exact)  # by itself: torch's sum of two dtypes is several times slower
+    if bias_HNN is not None:
+        logits_BHNN = logits_BHNN + bias_HNN.to(exact)
     return torch.matmul(torch.softmax(logits_BHNN, dim=-1).to(v_BHND.dtype), v_BHND)
 
 

@@ -9,6 +9,7 @@ recomputation keeps are the inputs of these parts; the norms, GELUs and scalings
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,9 +136,28 @@ class MBConv(nn.Module):
 
     def _project(self, y_BCHW: Tensor) -> Tensor:
         y_BCHW = _gelu(self.norm_depthwise(y_BCHW))
-        gate_BC11 = F.silu(self.squeeze(y_BCHW.mean((2, 3), keepdim=True)))
-        result: Tensor = self.project(y_BCHW * torch.sigmoid(self.excite(gate_BC11)))
+        y_BCHW, mean_BC11 = _WithMean.apply(y_BCHW)
+        gate_BC11 = torch.sigmoid(self.excite(F.silu(self.squeeze(mean_BC11))))
+        result: Tensor = self.project(y_BCHW * gate_BC11)
         return result
+
+
+class _WithMean(torch.autograd.Function):
+    """A feature map and its mean over space.
+
+    The two gradients meet here in one pass over the map; autograd by itself would write the mean's out in full first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The map itself, (B, C, H, W), and (B, C, 1, 1)."""
+        return y_BCHW.view_as(y_BCHW), y_BCHW.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The gradient of the map."""
+        of_map, of_mean = gradients
+        return torch.add(of_map, of_mean / (of_map.shape[2] * of_map.shape[3]))
 
 
 class Transformer(nn.Module):

@@ -11,7 +11,7 @@ from configs.run_json import convert
 from models.design import Spec
 
 FORMAT = 1
-LARGEST = 1 << 20  # no width, depth or class count of a network is larger
+LARGEST = 1 << 20  # no side of a picture, width, depth or class count is larger
 OMITTED = ("published",)  # of a spec: what the paper prints does not make the network
 
 
@@ -98,7 +98,8 @@ def check(card: Card) -> None:
         InputError: naming the field.
     """
     spec = card.spec
-    sizes: dict[str, float] = {"classes": card.classes, "resolution": min(card.resolution), "spec.kernel": spec.kernel}
+    height, width = card.resolution
+    sizes: dict[str, float] = {"classes": card.classes, "height": height, "width": width, "spec.kernel": spec.kernel}
     sizes |= {"spec.head_size": spec.head_size, "spec.expansion": spec.expansion, "spec.stages": len(spec.stages)}
     for stage in spec.stages:
         sizes |= {f"{stage.name}.{name}": getattr(stage, name) for name in ("depth", "width", "stride")}

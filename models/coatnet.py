@@ -67,7 +67,11 @@ class CoAtNet(nn.Module):
         return logits_BK
 
     def forward_features(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, run: RunBlock | None = None) -> Tensor:
-        """The last feature map before the head, (B, C, H / 32, W / 32); arguments and errors as in `forward`."""
+        """The last feature map before the head; arguments and errors as in `forward`.
+
+        Returns:
+            (B, C, H / s, W / s) with s the total stride, 32 in a CoAtNet.
+        """
         return self.forward_pyramid(x_BCHW, drop_SB, run)[-1]
 
     def forward_pyramid(

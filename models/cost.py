@@ -1,12 +1,15 @@
-"""Parameters and multiply-adds of every block, counted from the spec alone. No torch.
+"""Parameters, multiply-adds and bytes kept of every block, counted from the spec alone. No torch.
 
 Counted are convolutions, linear layers, queries x keys, weights x values, squeeze-excite and the head; nothing
-element-wise (COATNET.md section 3). The paper prints multiply-adds as FLOPs.
+element-wise (COATNET.md section 3). The paper prints multiply-adds as FLOPs. The bytes that a block keeps for the
+backward pass, and those it sends on, are counted in `models.activations`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.activations import activations as activations
+from models.activations import peak as peak
 from models.spec import SPECS, BlockSpec, Kind, Resolution, Spec, Stride
 
 Count = tuple[int, int]  # parameters, multiply-adds of one picture

@@ -4,7 +4,7 @@ Source: Dai, Liu, Le, Tan, "CoAtNet: Marrying Convolution and Attention for All 
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from configs import schema
 from configs.errors import InputError, unknown
@@ -74,6 +74,7 @@ def of(model: schema.Model) -> Spec:
     if model.stride != "auto":
         changes["stride"] = model.stride
     changed = replace(found, **changes)
+    _refuse_without_effect(model, found)
     for stage in changed.stages:
         if stage.block == "transformer" and stage.width % changed.head_size:
             fitting = [size for size in (16, 32, 64, 128) if stage.width % size == 0]
@@ -83,6 +84,26 @@ def of(model: schema.Model) -> Spec:
                 f"{found.name}; nearest valid: {nearest}"
             )
     return changed
+
+
+def _refuse_without_effect(model: schema.Model, found: Spec) -> None:
+    """Refuse a setting of blocks that the network does not have.
+
+    Raises:
+        InputError: naming the field.
+    """
+    kinds = {stage.block for stage in found.stages}
+    for name, default, block in (
+        ("head_size", 0, "transformer"),
+        ("relative_bias", "auto", "transformer"),
+        ("conv_norm", "auto", "mbconv"),
+        ("stride", "auto", "mbconv"),
+    ):
+        value = getattr(model, name)
+        if value != default and block not in kinds:
+            raise InputError(
+                f"model.{name} = {value!r}: {found.name} has no {block} blocks; nearest valid: {default!r}"
+            )
 
 
 def _with_depths(found: Spec, depths: tuple[int, ...]) -> tuple[Stage, ...]:
@@ -123,6 +144,19 @@ def _split_stages(*sizes: tuple[int, int]) -> tuple[Stage, ...]:
         Stage("s3b", "transformer", *s3b, stride=1),
         first[4],
     )
+
+
+def _layout(name: str, depths: tuple[int, int]) -> Spec:
+    """A layout of the paper's study at CoAtNet-0's widths; only the depths of S2 and S3 scale, as in table 3.
+
+    Args:
+        name: the stages behind the stem, C for MBConv and T for Transformer: "C-C-T-T".
+        depths: blocks of S2 and S3.
+    """
+    kinds: dict[str, Literal["mbconv", "transformer"]] = {"C": "mbconv", "T": "transformer"}
+    sizes = zip(name.split("-"), (2, *depths, 2), (96, 192, 384, 768), strict=True)
+    stages = (Stage(f"s{index}", kinds[kind], depth, width) for index, (kind, depth, width) in enumerate(sizes, 1))
+    return Spec(name, (Stage("s0", "stem", 2, 64), *stages), head_size=32)
 
 
 def _printed(
@@ -203,6 +237,17 @@ _ALL = (
         name="coatnet6-table12",
         stages=(*_COATNET6.stages[:-1], replace(_COATNET6.stages[-1], width=2048)),
         published=Published(),
+    ),
+    # Figure 1 compares five layouts of similar size and prints none of them. These sizes are our choice: widths double
+    # from S1 on as in the paper's own models, depths keep parameters and multiply-adds at 224 within 6 % of each other.
+    _layout("C-C-C-C", (9, 7)),
+    _layout("C-C-C-T", (10, 5)),
+    _layout("C-C-T-T", (7, 5)),
+    _layout("C-T-T-T", (3, 5)),
+    Spec(
+        "ViT_rel",
+        (Stage("s0", "patches", 1, 448, stride=16), Stage("s1", "transformer", 10, 448, stride=1)),
+        head_size=32,
     ),
     # Not of the paper: all five stages in about 0.3M parameters, for pictures of 64 px on a CPU. Its layers are so
     # narrow that kernels of 0.02 would shrink the signal below the norms' eps on its way through the shortcuts.

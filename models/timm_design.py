@@ -88,7 +88,13 @@ def read_timm(file: Path) -> Weights:
         wanted = interop.shapes(card)
     except InputError:
         raise
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # values of types that timm never writes
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    ) as error:  # values of types that timm never writes
         raise InputError(f"{config}: describes no model: {type(error).__name__}: {error}") from None
     _, tensors = read_safetensors(file)
     return Weights(card, timm_names.from_timm(tensors, spec, wanted, str(file)))

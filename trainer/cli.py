@@ -58,6 +58,12 @@ COMMANDS = {
         "FILE [--out FILE] [--head reset --classes N]",
         "timm's weights of the same design, or ours, as a file to start from",
     ),
+    "bench": Command(
+        "trainer.cli_bench",
+        "bench_command",
+        "model [NAME] [--against timm] [--dtype bf16 ...] [--recompute none ...] [--out FOLDER]",
+        "speed and memory of a training step on this machine",
+    ),
     "data": Command(
         "trainer.cli_data", "data_command", "demo --out DIR | verify DIR", "make shards of real pictures; check shards"
     ),

@@ -126,8 +126,9 @@ def _list(argv: list[str]) -> None:
     if options.json:
         print(json.dumps(recipes, indent=2))
         return
+    width = max(len(recipe["name"]) for recipe in recipes) + 2
     for recipe in recipes:
-        print(f"{recipe['name']:<24}{recipe['summary']}")
+        print(f"{recipe['name']:<{width}}{recipe['summary']}")
 
 
 def _show(argv: list[str]) -> None:

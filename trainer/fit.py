@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from configs.errors import InputError
 from configs.schema import Run
 from models import cost, spec
-from models.activations import Device, activations, peak
+from models.activations import Device
 from trainer import cluster
 from trainer.plan import Layout
 
@@ -45,7 +45,7 @@ def estimate(run: Run, plan: Layout, classes: int) -> Memory:
     master = 4 * own if stage in (1, 2) else 0.0  # an fp32 copy of the own piece beside the whole weights
     average = 4 * (own if stage >= 1 else parameters) if run.optim.ema else 0.0
     device: Device = "cuda" if cluster.device_kind(run) == "cuda" else "cpu"
-    blocks = activations(
+    blocks = cost.activations(
         found,
         run.model.resolution,
         batch=plan.micro_batch,
@@ -55,7 +55,7 @@ def estimate(run: Run, plan: Layout, classes: int) -> Memory:
         device=device,
         classes=classes,
     )
-    return Memory(int(weights + gradients + moments + master + average), peak(blocks))
+    return Memory(int(weights + gradients + moments + master + average), cost.peak(blocks))
 
 
 def require_fit(run: Run, plan: Layout, classes: int, available: int) -> Memory:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
+from data_pipeline import mixture
 from data_pipeline.manifest import Split
+from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
 from data_pipeline.stream import open_data, train_loader
 from models import attention, cost, spec
@@ -92,12 +94,11 @@ def prepare(run: Run, member: cluster.Member, began: float) -> Session:
     return session
 
 
-def open_order(run: Run, split: Split, saved: checkpoint.Saved | None) -> Order:
+def open_order(run: Run, split: Split, saved: checkpoint.Saved | None) -> Order | Mixture:
     """The order of samples: the saved one where a checkpoint is continued, else the recipe's."""
     if saved is None:
-        batch, data = run.data.global_batch, run.data
-        return Order(split.counts, seed=run.seed, block=batch, lanes=data.lanes, piece=data.piece)
-    order, consumed = Order.resume(saved.state["order"], split.counts, split.fingerprint)
+        return mixture.begin(run, split)
+    order, consumed = mixture.resume(saved.state["order"], split)
     if consumed != saved.step * run.data.global_batch:
         raise InputError(
             f"{saved.path}: {consumed} samples in {saved.step} steps is not data.global_batch = "

@@ -15,7 +15,7 @@ from models import interop, spec, timm_design
 from models.card import Card
 from models.coatnet import CoAtNet
 from models.compare import check_fit
-from models.weight_file import located
+from models.weight_file import check_finite, located
 from trainer import checkpoint, export
 from trainer.cluster import Member
 from trainer.track import run_folder
@@ -27,7 +27,7 @@ def check(run: Run, dataset: Dataset, verified: bool = True) -> None:
     """Refuse weights that do not fit, before anything starts. A run with a checkpoint of its own needs none.
 
     Args:
-        verified: read every byte of another run's checkpoint as well.
+        verified: read every byte and weight of another run's checkpoint as well.
 
     Raises:
         InputError: the path, what does not fit, and what would.
@@ -36,10 +36,14 @@ def check(run: Run, dataset: Dataset, verified: bool = True) -> None:
         return
     path = Path(run.init.path)
     if export.is_run(path):
-        card = export.card_of(path, export.saved_in(path, verified=verified), run.init.weights)
+        saved = export.saved_in(path, verified=verified)
+        card = export.card_of(path, saved, run.init.weights)
     else:
-        card = _of_file(run, path).card
+        saved, card = None, _of_file(run, path).card
     _check(run, dataset, card)
+    if saved is not None and verified:
+        for name, value in checkpoint.tensors(saved, interop.network(card), average=card.weights == "ema"):
+            check_finite({name: value}, run.init.path)
 
 
 def warm_start(run: Run, dataset: Dataset, model: CoAtNet, member: Member) -> dict[str, Any]:

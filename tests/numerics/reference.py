@@ -39,10 +39,9 @@ class Description:
     conv_norm: Literal["batch", "layer"] = "batch"
 
 
-def _five(*sizes: tuple[int, int]) -> tuple[Row, ...]:
-    """A column of the size table without S3a."""
-    kinds: tuple[Kind, ...] = ("stem", "C", "C", "T", "T")
-    rows = enumerate(zip(kinds, sizes, strict=True))
+def _five(*sizes: tuple[int, int], layout: tuple[Kind, ...] = ("C", "C", "T", "T")) -> tuple[Row, ...]:
+    """A column of the size table without S3a, or another layout of the stages behind the stem."""
+    rows = enumerate(zip(("stem", *layout), sizes, strict=True))
     return tuple((f"s{number}", kind, depth, width, 2) for number, (kind, (depth, width)) in rows)
 
 
@@ -65,6 +64,15 @@ TABLE = {
     "coatnet6": Description(_six((2, 192), (2, 192), (4, 384), (8, 768), (42, 1536), (2, 3072)), 128),
     "coatnet6-table12": Description(_six((2, 192), (2, 192), (4, 384), (8, 768), (42, 1536), (2, 2048)), 128),
     "coatnet7": Description(_six((2, 192), (2, 256), (4, 512), (8, 1024), (42, 2048), (2, 3072)), 128),
+}
+
+# The layouts of the paper's study, at the sizes that this project chose for them.
+STUDY = {
+    "C-C-C-C": Description(_five((2, 64), (2, 96), (9, 192), (7, 384), (2, 768), layout=("C", "C", "C", "C")), 32),
+    "C-C-C-T": Description(_five((2, 64), (2, 96), (10, 192), (5, 384), (2, 768), layout=("C", "C", "C", "T")), 32),
+    "C-C-T-T": Description(_five((2, 64), (2, 96), (7, 192), (5, 384), (2, 768), layout=("C", "C", "T", "T")), 32),
+    "C-T-T-T": Description(_five((2, 64), (2, 96), (3, 192), (5, 384), (2, 768), layout=("C", "T", "T", "T")), 32),
+    "ViT_rel": Description((("s0", "patches", 1, 448, 16), ("s1", "T", 10, 448, 1)), 32),
 }
 
 

@@ -1,9 +1,10 @@
-"""What is exported for timm computes the same logits in timm, loaded by timm's own loaders; and timm's own files come in.
+"""What is exported for timm computes the same logits in timm, loaded by its own loaders; and its own files come in.
 
 The mapping of names is checked by function here, and against its independent twin in test_timm_parity.py.
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def agree(ours: Tensor, theirs: Tensor) -> bool:
 def test_timm_loads_the_folder_offline_and_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     weights = random_weights(DESIGNS[name])
     hub_folder.write(tmp_path / "model", weights)
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert agree(logits(interop.load_model(tmp_path / "model")), logits(theirs))
     found = theirs.pretrained_cfg
     assert tuple(found["mean"]) == weights.card.preprocessing.mean
@@ -137,7 +138,12 @@ def test_a_model_that_timm_saved_comes_in_bitwise(name: str, tmp_path: Path) -> 
 
 def theirs_in(folder: Path, name: str = "coatnet_0_224", **arguments: Any) -> Path:
     """A small model of timm's, saved by timm."""
-    sizes = {"embed_dim": (16, 32, 64, 96), "depths": (1, 2, 3, 1), "transformer_dim_head": 16, "num_classes": 3}
+    sizes: dict[str, Any] = {
+        "embed_dim": (16, 32, 64, 96),
+        "depths": (1, 2, 3, 1),
+        "transformer_dim_head": 16,
+        "num_classes": 3,
+    }
     sizes |= {"img_size": 64, "head_hidden_size": 96} | arguments
     model = timm.create_model(name, **sizes)
     save_for_hf(model, str(folder), safe_serialization=True)
@@ -175,6 +181,15 @@ def test_other_models_of_timm_are_refused(tmp_path: Path) -> None:
         read_any(tmp_path / "rw")
 
 
+def test_without_timm_its_weights_are_refused_and_ours_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_folder.write(tmp_path / "ours", random_weights(NANO))
+    theirs_in(tmp_path / "theirs", stem_width=16)
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    assert read_any(tmp_path / "ours").card.spec.name == "coatnet-nano"
+    with pytest.raises(InputError, match=r"timm is not installed: pip install 'coatnet\[timm\]'"):
+        read_any(tmp_path / "theirs")
+
+
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no object": ({"model_args": [1]}, "describes no model"),
     "unknown argument": ({"model_args": {"conv_pol_type": "max2"}}, "did you mean 'conv_pool_type'"),
@@ -183,6 +198,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"model_args": {"in_chans": 1}}, "in_chans is 1, must be 3"),
     "pool": ({"global_pool": "max"}, "global_pool is 'max', must be 'avg'"),
     "classes": ({"num_classes": 4, "label_names": []}, r"head.fc.weight has shape \(3, 96\), which is no \(4, 96\)"),
+    "infinite": ({"num_classes": float("inf")}, "describes no model"),
     "size": ({"model_args": {"img_size": 100}}, "resolution = 100: must be a positive multiple of 32"),
     "tables": ({"model_args": {"img_size": 96}}, r"relative_position_bias_table has shape \(49, 4\)"),
     "depth": ({"model_args": {"depths": [1, 2, 4, 1]}}, "has no tensor stages.2.blocks.3"),

@@ -11,11 +11,22 @@ from configs.schema import Model
 from models import coatnet, norm, spec
 from models.coatnet import CoAtNet
 from models.spec import ConvNorm, RelativeBias, Resolution, Spec, Stage, Stride
-from tests.numerics.reference import TABLE, Description, Kind, Row, State, Statistics, narrow, reference_forward, shapes
+from tests.numerics.reference import (
+    STUDY,
+    TABLE,
+    Description,
+    Kind,
+    Row,
+    State,
+    Statistics,
+    narrow,
+    reference_forward,
+    shapes,
+)
 
 CLASSES, MOMENTUM = 7, 0.1
 AnyBias = Literal["auto", "pre", "post", "none"]
-DIVISORS = dict.fromkeys(TABLE, 32) | {"coatnet0": 16, "coatnet1": 16, "coatnet2": 16}
+DIVISORS = dict.fromkeys(TABLE, 32) | {"coatnet0": 16, "coatnet1": 16, "coatnet2": 16} | dict.fromkeys(STUDY, 8)
 KINDS: dict[Kind, Literal["stem", "patches", "mbconv", "transformer"]] = {
     "stem": "stem",
     "patches": "patches",
@@ -130,11 +141,12 @@ def check(
             assert agree(model.get_buffer(f"{name}.{leaf}"), before + MOMENTUM * (value - before)), name
 
 
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name", [*TABLE, *STUDY])
 @pytest.mark.parametrize("resolution", [(224, 224), (384, 512)])
 def test_parameters_have_the_papers_names_and_shapes(name: str, resolution: tuple[int, int]) -> None:
     built = coatnet.build(spec.get(name), resolution=resolution, classes=1000).named_parameters()
-    assert {path: tuple(weight.shape) for path, weight in built} == shapes(TABLE[name], resolution, 1000)
+    expected = shapes((TABLE | STUDY)[name], resolution, 1000)
+    assert {path: tuple(weight.shape) for path, weight in built} == expected
 
 
 @pytest.mark.parametrize("depths", [(2, 2, 6, 14, 2), (2, 2, 2, 18, 2), (2, 2, 8, 12, 2)])
@@ -201,6 +213,11 @@ def rows(layout: tuple[Kind, ...]) -> tuple[Row, ...]:
 def test_every_layout_of_the_study_is_its_formula(layout: tuple[Kind, ...], training: bool) -> None:
     description = Description(rows(layout), head_size=8)
     check(described(description), description, training, drop=True)
+
+
+@pytest.mark.parametrize("name", list(STUDY))
+def test_the_named_layouts_of_the_study_are_their_formulas(name: str) -> None:
+    check(small(name), narrow(STUDY[name], DIVISORS[name], 8), training=True, drop=True)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -174,6 +174,7 @@ BAD_CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no head": (lambda card: card["spec"].update(head_size=0), "spec.head_size = 0"),
     "kind": (lambda card: stages(card)[1].update(block="lstm"), "block = 'lstm'"),
     "resolution": (lambda card: card.update(resolution=[64, 50]), "resolution = 50: must be a positive multiple of 32"),
+    "far": (lambda card: card.update(resolution=[64, 10**30]), f"width = {10**30}"),
     "labels": (lambda card: card.update(labels=["a"]), "1 labels for 3 classes"),
     "names": (lambda card: card.update(names="timm"), "has no tensor stem.conv1.weight"),
 }  # fmt: skip

@@ -62,7 +62,7 @@ def test_too_large_is_refused_with_what_would_fit() -> None:
 
 def test_the_cheapest_recomputation_that_fits_is_named() -> None:
     run = resolve.load("coatnet0-in1k-224")
-    kinds = ("none", "selective", "full")
+    kinds: tuple[Recompute, ...] = ("none", "selective", "full")
     runs = {kind: replace(run, parallel=replace(run.parallel, recompute=kind)) for kind in kinds}
     plan = layout(run, 8)
     none, selective, full = (estimate(runs[kind], plan, 1000).total for kind in kinds)
