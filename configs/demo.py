@@ -34,8 +34,9 @@ def clipart() -> Run:
     10). 6,600 pictures of all sizes and colour modes with a hierarchy of 76 labels, written as shards by
     `coatnet data demo --source clipart --short-side 128 --out data/clipart`, which makes decoding cheap enough for two
     cores; without --short-side the files' own bytes are kept.
-    Expected: precision@1 and mean average precision of raw and averaged weights, see README.
-    Hardware, time, cost: 2 CPU cores, minutes, nothing.
+    Expected: held-out precision@1 of at least 63 %, mean average precision of at least 35 %, of the raw and of the
+    averaged weights; the classes' frequencies alone give 27 % and 3 %.
+    Hardware, time, cost: 2 CPU cores, under 10 minutes, nothing.
     Command: `coatnet train demo-clipart`
     """
     return Run(

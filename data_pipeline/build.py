@@ -4,15 +4,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-
-import webdataset
 
 from configs.errors import InputError
 from data_pipeline.errors import DataError
@@ -27,12 +24,15 @@ from data_pipeline.manifest import (
     open_dataset,
     pack_rows,
 )
-from data_pipeline.shard import MAX_SAMPLE_BYTES, PICTURE_EXTENSIONS, pack_sidecar, sidecar_path
+from data_pipeline.shard import PICTURE_EXTENSIONS
+from data_pipeline.writing import MAX_KEY, TEMPORARY, Encoded, write_shard, write_whole
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 0.15
-MAX_KEY = 90  # characters; the tar format stores 100 with the extension
-TEMPORARY = ".partial"
+CARD = "CARD.md"  # the data card for people; the manifest has it for programs
+CARD_HEADING = "# Data card of a coatnet data set"  # tells it from a file of the user's
+BUILD = ".coatnet-build"  # folder of a distributed build (`data_pipeline.tasks`), deleted when it is finished
+SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|idx)(\.partial.*)?$")
 
 
 @dataclass(frozen=True)
@@ -72,32 +72,14 @@ def write_dataset(
     """
     _check(pictures, vocabulary, label_kind, shard_samples)
     root = Path(out)
-    with _claimed(root):
-        entries = {}
+    with claimed(root):
+        rows = {}
         for split in SPLITS:
             chosen = sorted((p for p in pictures if split_of(p.group) == split), key=lambda p: _hash(p.key))
             if not chosen:
                 raise InputError(f"{root}: {len(pictures)} pictures leave the split {split!r} empty; take more")
-            rows = list(_write_shards(root, split, chosen, label_kind, shard_samples))
-            index = pack_rows(rows)
-            _write(root / f"{split}.parquet", index)
-            entries[split] = {
-                "samples": len(chosen),
-                "shards": len(rows),
-                "index": f"{split}.parquet",
-                "sha256": hashlib.sha256(index).hexdigest(),
-                "fingerprint": fingerprint(label_kind, vocabulary, rows),
-            }
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "card": dict(card),
-            "label_kind": label_kind,
-            "vocabulary": list(vocabulary),
-            "label_counts": _label_counts(pictures, len(vocabulary)),
-            "splits": entries,
-        }
-        _write(root / MANIFEST, json.dumps(content, indent=1).encode())
+            rows[split] = list(_write_shards(root, split, chosen, label_kind, shard_samples))
+        write_manifest(root, rows, label_kind, vocabulary, _label_counts(pictures, len(vocabulary)), card)
     return open_dataset(root)
 
 
@@ -122,11 +104,58 @@ def already_built(out: str | Path, origin: Mapping[str, object]) -> Dataset | No
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{root / MANIFEST}: cannot be read ({error}); delete the folder or choose another") from error
     if any(made_from.get(name) != value for name, value in origin.items()):
-        raise InputError(f"{root}: holds another data set, made from {made_from}; delete the folder or choose another")
+        stated = {name: value for name, value in made_from.items() if name in origin}
+        raise InputError(f"{root}: holds another data set, made from {stated}; delete the folder or choose another")
     try:
         return open_dataset(root)
     except DataError:
         return None  # of the same origin but incomplete: the caller builds it again
+
+
+def write_manifest(
+    root: Path,
+    rows: Mapping[str, Sequence[Row]],
+    label_kind: LabelKind,
+    vocabulary: Sequence[str],
+    label_counts: Sequence[int],
+    card: Mapping[str, object],
+) -> None:
+    """Write what makes `root` a data set: a Parquet file for each split's `rows`, and the manifest last.
+
+    Args:
+        root: the folder, where all shards are already.
+        rows: by split.
+        label_kind: of the whole data set.
+        vocabulary: names of the classes.
+        label_counts: how many training pictures carry each class, (classes,).
+        card: the data card, JSON values.
+    """
+    entries = {}
+    for split, listed in rows.items():
+        index = pack_rows(listed)
+        write_whole(root / f"{split}.parquet", index)
+        entries[split] = {
+            "samples": sum(row.samples for row in listed),
+            "shards": len(listed),
+            "index": f"{split}.parquet",
+            "sha256": hashlib.sha256(index).hexdigest(),
+            "fingerprint": fingerprint(label_kind, vocabulary, listed),
+        }
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "card": dict(card),
+        "label_kind": label_kind,
+        "vocabulary": list(vocabulary),
+        "label_counts": list(label_counts),
+        "splits": entries,
+    }
+    write_whole(root / MANIFEST, json.dumps(content, indent=1).encode())
+
+
+def shard_name(split: str, number: int) -> str:
+    """The path of shard `number` of a split, relative to the data set's folder."""
+    return f"{split}/shard-{number:06d}.tar"
 
 
 def make_folder(path: Path) -> None:
@@ -142,7 +171,7 @@ def make_folder(path: Path) -> None:
 
 
 def split_of(group: str) -> str:
-    """The split of a group: held-out for about 15 % of all hashes."""
+    """The split of a group: held-out for about 15 % of all hashes (HELDOUT_SHARE)."""
     return "heldout" if int(_hash(group)[:8], 16) < HELDOUT_SHARE * 2**32 else "train"
 
 
@@ -181,8 +210,12 @@ def _label_counts(pictures: Sequence[Picture], classes: int) -> list[int]:
 
 
 @contextmanager
-def _claimed(root: Path) -> Iterator[None]:
-    """`root` made, held by this process alone, and cleared of an earlier build, its manifest first."""
+def claimed(root: Path, clear: bool = True) -> Iterator[None]:
+    """`root` made, held by this process alone and, with `clear`, rid of an earlier build, its manifest first.
+
+    Raises:
+        InputError: another process holds it, or it has things that no build made.
+    """
     make_folder(root)
     descriptor = os.open(root, os.O_RDONLY)
     try:
@@ -190,73 +223,37 @@ def _claimed(root: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{root}: another process is building here; wait for it") from error
-        (root / MANIFEST).unlink(missing_ok=True)
-        os.fsync(descriptor)
         for path in sorted(root.iterdir()):
             if not _ours(path):
                 raise InputError(f"{root}: holds other things ({path.name}); choose an empty or new folder")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if clear:
+            (root / MANIFEST).unlink(missing_ok=True)
+            os.fsync(descriptor)
+            for path in sorted(root.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
         os.close(descriptor)
 
 
 def _ours(path: Path) -> bool:
-    """Whether a build made this entry of its folder."""
-    names = (*SPLITS, *(f"{split}.parquet" for split in SPLITS), MANIFEST)
-    return path.name.removesuffix(TEMPORARY) in names
+    """Whether a build made this entry of its folder. A folder `train` of anything but shards is not ours."""
+    name = path.name.partition(TEMPORARY)[0]
+    if name in SPLITS:
+        return path.is_dir() and all(SHARD_FILE.match(entry.name) for entry in path.iterdir())
+    if name == CARD:
+        with path.open("rb") as file:
+            return file.readline().strip() == CARD_HEADING.encode()
+    return name in (*(f"{split}.parquet" for split in SPLITS), MANIFEST, BUILD)
 
 
 def _write_shards(root: Path, split: str, pictures: Sequence[Picture], kind: LabelKind, size: int) -> Iterator[Row]:
     """Write one split's shards and sidecars, one after the other."""
     (root / split).mkdir()
     for number, first in enumerate(range(0, len(pictures), size)):
-        relative = f"{split}/shard-{number:06d}.tar"
         chosen = pictures[first : first + size]
-        path = root / relative
-        temporary = path.with_name(path.name + TEMPORARY)
-        offsets = _write_tar(temporary, chosen, kind)
-        data = temporary.read_bytes()
-        crcs = [zlib.crc32(data[begin:end]) for begin, end in pairwise(offsets)]
-        os.replace(temporary, path)
-        _write(Path(sidecar_path(str(path))), pack_sidecar(offsets, crcs))
-        yield Row(relative, len(chosen), len(data), hashlib.sha256(data).hexdigest())
-
-
-def _write_tar(path: Path, pictures: Sequence[Picture], kind: LabelKind) -> list[int]:
-    """Write one tar, flushed to disk; returns the n + 1 byte offsets of its samples."""
-    offsets = []
-    with open(path, "wb") as file:
-        # Fixed owner and time: the same samples make the same bytes on any day and machine.
-        with webdataset.TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
-            for picture in pictures:
-                offsets.append(writer.tarstream.offset)
-                data = picture.load()
-                if len(data) > MAX_SAMPLE_BYTES // 2:
-                    raise InputError(f"key {picture.key!r}: {len(data)} bytes; the limit is {MAX_SAMPLE_BYTES // 2}")
-                extension, label = "cls", b"%d" % picture.labels[0] if kind == "single" else b""
-                if kind == "multi":
-                    extension, label = "json", json.dumps({"labels": list(picture.labels)}).encode()
-                writer.write({"__key__": picture.key, picture.extension: data, extension: label})
-            offsets.append(writer.tarstream.offset)
-        file.flush()
-        os.fsync(file.fileno())
-    return offsets
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a small file under another name, flush it to disk, rename it, flush its folder."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        samples = (Encoded(picture.key, picture.extension, picture.load(), picture.labels) for picture in chosen)
+        yield write_shard(root, shard_name(split, number), samples, kind)
 
 
 def _hash(text: str) -> str:

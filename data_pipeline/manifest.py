@@ -4,51 +4,53 @@
     DIR/<split>.parquet          one row per shard: path (relative to DIR), samples, bytes, sha256
     DIR/<split>/shard-000000.tar and .idx      samples and sidecar (`data_pipeline.shard`)
 
+DIR is a folder, or a URL, whose manifest and Parquet files are then fetched and whose shards are when they are read.
 manifest.json holds the checksum of each Parquet file, which holds those of the shards; the fingerprint of a split
 covers its rows and the vocabulary. The label counts may be absent.
 """
 
 import hashlib
-import io
 import json
 import os
 import stat
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.errors import InputError, unknown
-from data_pipeline.errors import DataError
-from data_pipeline.shard import OpenShards, sidecar_bytes, sidecar_path
+from configs.schema import Data
+from data_pipeline.cache import Cache, cache_of
+from data_pipeline.errors import DataError, StoreError
+from data_pipeline.rows import Row, ShardPaths, check_rows, fingerprint, inside, pack_rows, read_rows
+from data_pipeline.shard import sidecar_bytes, sidecar_path
+from data_pipeline.store import check_root, is_url, join, read_small
 
-__all__ = ["DataError", "Dataset", "Report", "Row", "Split", "open_dataset", "verify", "verify_command"]
+__all__ = ["DataError", "Dataset", "Row", "Split", "fingerprint", "open_dataset", "pack_rows"]
 
 FORMAT = "coatnet-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26
-SCHEMA = pa.schema(
-    [("path", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())],
-)
+CHECKED_AT_ONCE = 1000  # shards of a folder that are looked for when it is opened
 
 LabelKind = Literal["single", "multi"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One shard: path relative to the data set's folder, number of samples, size of the tar in bytes, its sha256."""
+class Source:
+    """One data set inside the split of a mixture (`data_pipeline.mixture`)."""
 
-    path: str
-    samples: int
-    bytes: int
-    sha256: str
+    first_shard: int  # number of its first shard among all shards of the split
+    classes: int  # of its own vocabulary, in which the labels in its shards are numbered
+    translate: tuple[int, ...]  # class of the mixture for each of its own, (classes,)
+    root: str = ""
+    weight: int = 1  # its positions in every cycle of the mixture; weights are in lowest terms
+    samples: int = 0
+    fingerprint: str = ""  # of its own split
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +62,9 @@ class Split:
     samples: int
     counts: NDArray[np.int64]  # samples of each shard, (shards,)
     fingerprint: str  # sha256 over rows and vocabulary
-    shard_paths: tuple[str, ...]
-    rows: tuple[Row, ...]
+    shard_paths: Sequence[str]
+    rows: Sequence[Row]
+    sources: tuple[Source, ...] = ()  # of a mixture, in the order of their shards; empty: one data set alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,30 +99,29 @@ class Dataset:
         return self.splits[name]
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `verify` read, and what is wrong with it, one line per finding."""
+def open_dataset(path: str | Path, data: Data | None = None) -> Dataset:
+    """The data set in folder or at URL `path`, its manifest checked.
 
-    root: str
-    shards: int
-    samples: int
-    bytes: int
-    problems: tuple[str, ...]
+    The shards of a folder with up to CHECKED_AT_ONCE are looked for here; those of a larger one, or behind a URL, when
+    they are first read, because so many questions can take a network file system many minutes.
 
-
-def open_dataset(path: str | Path) -> Dataset:
-    """The data set in folder `path`, its manifest checked and every shard found with its size.
+    Args:
+        path: of the data set.
+        data: how a URL is fetched and where its files are kept; None: the defaults.
 
     Raises:
         DataError: missing folder, missing, damaged or foreign manifest, missing or truncated shard.
+        InputError: a URL of another form, or a store whose package is not installed.
     """
-    root = Path(path)
-    if not str(path) or "\0" in str(path) or not root.is_dir():
+    data = data or Data()
+    root = check_root(str(path), data.pipe) if is_url(str(path)) else str(Path(path))
+    if not is_url(root) and (not str(path) or "\0" in root or not os.path.isdir(root)):
         raise DataError(
             f"data.path = {str(path)!r}: no such folder; `coatnet data demo --out DIR` makes a small data set"
         )
-    content = _read_manifest(root / MANIFEST)
-    where = str(root / MANIFEST)
+    cache = cache_of(data, root)
+    where = join(root, MANIFEST)
+    content = _read_manifest(where, cache)
     vocabulary, kind, card = content.get("vocabulary"), content.get("label_kind"), content.get("card")
     if not isinstance(vocabulary, list) or not vocabulary or not all(type(name) is str for name in vocabulary):
         raise DataError(f"{where}: vocabulary must be a list of names, one per class")
@@ -131,80 +133,29 @@ def open_dataset(path: str | Path) -> Dataset:
     if not isinstance(card, dict) or not isinstance(entries, dict) or not entries:
         raise DataError(f"{where}: card and splits must be tables, splits not empty")
     counts = _label_counts(content.get("label_counts"), len(vocabulary), where)
-    splits = {name: _open_split(root, name, entry, kind, vocabulary) for name, entry in entries.items()}
-    return Dataset(str(root), kind, tuple(vocabulary), card, splits, counts)
+    splits = {name: _open_split(root, name, entry, kind, vocabulary, cache) for name, entry in entries.items()}
+    return Dataset(root, kind, tuple(vocabulary), card, splits, counts)
 
 
-def verify(path: str | Path) -> Report:
-    """Read every byte again: shard checksums, sidecars, sample checksums, labels and their counts.
-
-    Raises:
-        DataError: the manifest itself cannot be opened (see `open_dataset`).
-    """
-    dataset = open_dataset(path)
-    problems: list[str] = []
-    for split in dataset.splits.values():
-        shards = OpenShards(split.shard_paths, split.counts, limit=1)
-        labels: Counter[int] = Counter()
-        for number, row in enumerate(split.rows):
-            try:
-                problems += _verify_shard(dataset, shards, number, row, split.shard_paths[number], labels)
-            except (DataError, OSError) as error:
-                problems.append(str(error))
-        shards.close()
-        counts = tuple(labels[number] for number in range(dataset.classes))
-        # Samples that could not be read were not counted either.
-        if split.name == "train" and not problems and dataset.label_counts not in (None, counts):
-            problems.append(
-                f"{Path(dataset.root) / MANIFEST}: label_counts are not those of the samples; build the data set again"
-            )
-    rows = [row for split in dataset.splits.values() for row in split.rows]
-    total = sum(row.samples for row in rows), sum(row.bytes for row in rows)
-    return Report(dataset.root, len(rows), *total, tuple(problems))
-
-
-def verify_command(path: str) -> str:
-    """What `coatnet data verify DIR` prints.
-
-    Raises:
-        DataError: something is wrong; the message lists every finding.
-    """
-    report = verify(path)
-    read = f"{report.root}: read {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB"
-    if report.problems:
-        raise DataError("\n".join([f"{read}; {len(report.problems)} problems:", *report.problems]))
-    return f"{read}; all checksums match"
-
-
-def fingerprint(kind: str, vocabulary: Sequence[str], rows: Sequence[Row]) -> str:
-    """sha256, in hex, over the kind of labels, the vocabulary and the rows in canonical form."""
-    digest = hashlib.sha256(json.dumps([kind, list(vocabulary)], ensure_ascii=True).encode())
-    for row in rows:
-        digest.update(json.dumps([row.path, row.samples, row.bytes, row.sha256], ensure_ascii=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def pack_rows(rows: Sequence[Row]) -> bytes:
-    """The Parquet file that lists `rows`."""
-    columns = [[getattr(row, name) for row in rows] for name in SCHEMA.names]
-    file = io.BytesIO()
-    pq.write_table(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA), file, compression="zstd")
-    return file.getvalue()
-
-
-def _read_manifest(path: Path) -> dict[str, object]:
+def _read_manifest(path: str, cache: Cache | None) -> dict[str, object]:
     """The manifest's JSON object, of our form and version."""
     try:
-        size = path.stat().st_size
-        content = json.loads(path.read_bytes()) if size <= MAX_MANIFEST_BYTES else None
+        if cache and is_url(path):
+            data = read_small(path, cache.patience)
+        else:
+            with open(path, "rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
+        content = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no manifest: not a data set, or a build that was not finished; "
-            f"`coatnet data demo --out {path.parent}` makes or completes the demo's"
+            f"`coatnet data demo --out {os.path.dirname(path)}` makes or completes the demo's"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise DataError(f"{path}: damaged, not JSON: {error}; restore the file or build the data set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of this trainer (format must be {FORMAT!r})")
@@ -224,83 +175,49 @@ def _label_counts(found: object, classes: int, where: str) -> tuple[int, ...] | 
     return tuple(found)
 
 
-def _open_split(root: Path, name: str, entry: object, kind: LabelKind, vocabulary: Sequence[str]) -> Split:
-    """One split of the manifest: its Parquet file read and checked, its shards found on disk."""
-    where = f"{root / MANIFEST}: split {name!r}"
+def _open_split(
+    root: str, name: str, entry: object, kind: LabelKind, vocabulary: Sequence[str], cache: Cache | None
+) -> Split:
+    """One split of the manifest: its Parquet file read and checked, its shards found if they are here and few."""
+    where = f"{join(root, MANIFEST)}: split {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"samples", "shards", "index", "sha256", "fingerprint"}:
         raise DataError(f"{where}: must have samples, shards, index, sha256 and fingerprint, nothing else")
-    index = _inside(root, entry["index"], ".parquet", where)
+    index = inside(root, entry["index"], ".parquet", where)
     try:
-        data = Path(index).read_bytes()
+        data = cache.index(index, str(entry["sha256"])) if cache and is_url(index) else Path(index).read_bytes()
     except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise DataError(f"{index!r}: cannot be read: {error}; fetch it again") from error
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise DataError(f"{index}: the bytes do not match the manifest's checksum; fetch both files again")
-    try:
-        # In this thread alone: threads that Arrow leaves behind can abort the process when it ends.
-        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(use_threads=False)
-        if table.schema.remove_metadata() != SCHEMA:
-            raise DataError(f"{index}: columns must be {', '.join(str(field) for field in SCHEMA)}")
-        rows = tuple(Row(**row) for row in table.to_pylist())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{index}: damaged, not Parquet: {error}; build the data set again") from error
-    paths = tuple(_check_row(root, row, index) for row in rows)
-    counts = np.array([row.samples for row in rows], dtype=np.int64)
+    rows = read_rows(data, index)
     if not rows:
         raise DataError(f"{where} is empty, {index} lists no shard; build the data set again with more pictures")
-    if len(set(paths)) != len(paths):
-        raise DataError(f"{index}: lists a shard twice")
+    check_rows(rows, root, index)
+    counts, paths = rows.counts(), ShardPaths(root, rows)
     stated = (entry["samples"], entry["shards"], entry["fingerprint"])
     found = (int(counts.sum()), len(rows), fingerprint(kind, vocabulary, rows))
     if stated != found:
         raise DataError(f"{where}: says (samples, shards, fingerprint) = {stated}, {index} holds {found}")
-    return Split(name, str(root), found[0], counts, found[2], paths, rows)
+    if not is_url(root) and len(rows) <= CHECKED_AT_ONCE:
+        for path, row in zip(paths, rows, strict=True):
+            check_files(path, row)
+    return Split(name, root, found[0], counts, found[2], paths, rows)
 
 
-def _inside(root: Path, relative: object, suffix: str, where: str) -> str:
-    """The file at `relative`, which must be a plain relative path with `suffix` that stays inside `root`."""
-    pure = PurePosixPath(relative) if isinstance(relative, str) else PurePosixPath("/")
-    if pure.is_absolute() or ".." in pure.parts or "\0" in str(pure) or pure.suffix != suffix:
-        raise DataError(f"{where}: path {relative!r}: must be a relative path to a {suffix} file inside {root}")
-    return str(root / pure)
+def check_files(path: str, row: Row) -> None:
+    """Find a shard in a folder, and its sidecar, with the sizes that its row says.
 
-
-def _check_row(root: Path, row: Row, index: str) -> str:
-    """The path of a row's shard, whose numbers are in range and whose files exist with the right sizes."""
-    path = _inside(root, row.path, ".tar", index)
-    numbers = (row.samples, row.bytes)
-    if None in (*numbers, row.sha256) or not all(0 < number < 2**48 for number in numbers) or len(row.sha256) != 64:
-        raise DataError(f"{index}: row {row}: samples and bytes must be positive, sha256 64 hex digits")
+    Raises:
+        StoreError: one is missing or of another size.
+    """
     for file, size in ((path, row.bytes), (sidecar_path(path), sidecar_bytes(row.samples))):
         try:
             found = os.stat(file)
         except (OSError, ValueError) as error:
-            raise DataError(
+            raise StoreError(
                 f"{file}: missing or unreadable ({error}); fetch it again or build the data set again"
             ) from error
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-            raise DataError(f"{file}: {found.st_size} bytes, the manifest says {size}; fetch it again")
-    return path
-
-
-def _verify_shard(
-    dataset: Dataset, shards: OpenShards, number: int, row: Row, path: str, labels: Counter[int]
-) -> list[str]:
-    """Findings in one shard; what its samples are labelled is counted in `labels`.
-
-    Raises:
-        DataError: its sidecar cannot be used.
-    """
-    problems = []
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != row.sha256:
-            problems.append(f"{path}: the bytes do not match the manifest's sha256; fetch it again")
-    opened = shards.get(number)
-    for sample in range(row.samples):
-        try:
-            labels.update(set(opened.read(sample, dataset.classes).labels))
-        except DataError as error:
-            problems.append(str(error))
-    return problems
+            raise StoreError(f"{file}: {found.st_size} bytes, the manifest says {size}; fetch it again")

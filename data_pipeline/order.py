@@ -16,7 +16,11 @@ Version 1 of the order, in closed form. N samples lie in shards of given counts;
    (key: seed, epoch, lane, piece).
 
 A contiguous slice of a batch therefore touches few lanes, each of which reads one shard after the other (at most two
-or three open at a time), and the batch at g is the same whatever the number of ranks.
+or three open at a time), and the batch at g is the same whatever the number of ranks. Rank r of W reads slots
+[r * block / W, (r + 1) * block / W): V / W lanes where W divides V, at most ceil(V / W) + 1 where it does not. The
+partial block at the end of an epoch moves the next epoch's lanes against the slots, once: up to two lanes more.
+
+Every step has an inverse, so `find` answers just as directly when a sample is seen.
 """
 
 from collections.abc import Mapping
@@ -24,18 +28,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from configs.errors import InputError
+from data_pipeline.permutation import AUGMENT, PIECES, SHARDS, Ints, keyed, permute, restore
+
+__all__ = ["ORDER_VERSION", "Ints", "Order", "keyed", "permute", "sample_seed"]
 
 ORDER_VERSION = 1
-ROUNDS = 6  # of the Feistel network; four already look random, two more cost little
-
-Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
-
-# Domains keep the keys of different purposes apart.
-SHARDS, PIECES, AUGMENT = 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +75,8 @@ class Order:
         self.seed, self.block, self.piece = seed, block, piece
         self.lanes = min(lanes, block, int(np.count_nonzero(self.counts)))
         self._first_slot = -(-np.arange(self.lanes + 1, dtype=np.int64) * block // self.lanes)  # b_v
+        self._leftover_before = self._first_slot * (self.samples % block) // block  # slots in a partial block, (V + 1,)
+        self._lane_start = self._first_slot * (self.samples // block) + self._leftover_before  # on the line, (V + 1,)
         self._lines: dict[int, Line] = {}
 
     def lookup(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
@@ -97,6 +98,24 @@ class Order:
             shard[here] = line.shards[rank]
             sample[here] = on_line[here] - line.starts[rank]
         return epoch, shard, sample
+
+    def find(self, epoch: Ints, shard: Ints, sample: Ints) -> Ints:
+        """Global indices, (n,), at which the samples of the `lookup` (epoch, shard, sample), each (n,), are seen.
+
+        Raises:
+            InputError: a negative epoch, or a sample that is not there.
+        """
+        known = (epoch >= 0) & (shard >= 0) & (shard < self.counts.size) & (sample >= 0)
+        if not (known.all() and (sample < self.counts[shard]).all()):
+            raise InputError("order: epochs must not be negative, shards and samples within the data set")
+        on_line = np.empty_like(shard)
+        for each in np.unique(epoch).tolist():
+            here = epoch == each
+            line, size = self._line(each), np.full(np.count_nonzero(here), self.counts.size, dtype=np.int64)
+            rank = restore(shard[here], size, keyed(SHARDS, self.seed, epoch[here]))
+            on_line[here] = line.starts[rank] + sample[here]
+        found: Ints = epoch * self.samples + self._position(epoch, on_line)
+        return found
 
     def state(self, consumed: int, fingerprint: str) -> dict[str, int | str]:
         """The whole cursor after `consumed` samples of the split with this `fingerprint`, ready for JSON."""
@@ -139,22 +158,34 @@ class Order:
 
     def _on_line(self, epoch: Ints, position: Ints) -> Ints:
         """Index on the epoch's line of each position: rules 3 to 5 of the module's docstring."""
-        full, rest = divmod(self.samples, self.block)
-        first = self._first_slot
-        leftover_before = first * rest // self.block  # of all lanes before lane v, (V + 1,)
+        first, leftover = self._first_slot, self._leftover_before
         block, slot = np.divmod(position, np.int64(self.block))
-        in_full = block < full
+        in_full = block < self.samples // self.block
         lane = np.where(in_full, slot * self.lanes // self.block, 0)
-        lane[~in_full] = np.searchsorted(leftover_before, slot[~in_full], side="right") - 1
-        before = np.where(in_full, first[lane], leftover_before[lane])
-        offset = (first[lane + 1] - first[lane]) * block + slot - before
-        lane_start = first * full + leftover_before
-        lane_length = lane_start[lane + 1] - lane_start[lane]
-        piece, inside = np.divmod(offset, np.int64(self.piece))
-        size = np.minimum(self.piece, lane_length - piece * self.piece)
-        mixed = permute(inside, size, keyed(PIECES, self.seed, epoch, lane, piece))
-        on_line: Ints = lane_start[lane] + piece * self.piece + mixed
+        lane[~in_full] = np.searchsorted(leftover, slot[~in_full], side="right") - 1
+        before = np.where(in_full, first[lane], leftover[lane])
+        piece, inside = np.divmod((first[lane + 1] - first[lane]) * block + slot - before, np.int64(self.piece))
+        mixed = permute(inside, self._piece_size(lane, piece), keyed(PIECES, self.seed, epoch, lane, piece))
+        on_line: Ints = self._lane_start[lane] + piece * self.piece + mixed
         return on_line
+
+    def _position(self, epoch: Ints, on_line: Ints) -> Ints:
+        """The position in the epoch of each index on its line: `_on_line` backwards."""
+        first, leftover = self._first_slot, self._leftover_before
+        lane = np.searchsorted(self._lane_start, on_line, side="right") - 1
+        piece, mixed = np.divmod(on_line - self._lane_start[lane], np.int64(self.piece))
+        inside = restore(mixed, self._piece_size(lane, piece), keyed(PIECES, self.seed, epoch, lane, piece))
+        offset, width = piece * self.piece + inside, first[lane + 1] - first[lane]
+        block = np.minimum(offset // width, self.samples // self.block)
+        before = np.where(block < self.samples // self.block, first[lane], leftover[lane])
+        position: Ints = block * self.block + before + offset - block * width
+        return position
+
+    def _piece_size(self, lane: Ints, piece: Ints) -> Ints:
+        """Samples in each lane's piece: `self.piece`, less in the last."""
+        length = self._lane_start[lane + 1] - self._lane_start[lane]
+        size: Ints = np.minimum(self.piece, length - piece * self.piece)
+        return size
 
     def _line(self, epoch: int) -> Line:
         """The epoch's line; the last two are kept, because a batch may straddle two epochs."""
@@ -178,46 +209,3 @@ def sample_seed(seed: int, epoch: Ints, position: Ints) -> Ints:
         position: within the epoch, (n,).
     """
     return (keyed(AUGMENT, seed, epoch, position) >> np.uint64(1)).astype(np.int64)
-
-
-def keyed(domain: int, seed: int, *parts: Ints) -> Words:
-    """One 64-bit key, (n,), for each row of `parts`, each (n,)."""
-    state = _scramble(np.full(parts[0].shape, domain, dtype=np.uint64))
-    state = _scramble(state ^ np.uint64(seed))
-    for part in parts:
-        state = _scramble(state ^ part.astype(np.uint64))
-    return state
-
-
-def permute(index: Ints, size: Ints, key: Words) -> Ints:
-    """Image of each `index` under the permutation of range(size) that `key` selects; all (n,), sizes may differ.
-
-    A balanced Feistel network permutes the smallest square of a power of two that holds `size`; indices that leave
-    range(size) are sent through it again until they return (cycle walking), so the whole is a bijection.
-    """
-    bits = np.frexp((size - 1).astype(np.float64))[1]  # length in bits of the largest index; exact below 2**53
-    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
-    limit = size.astype(np.uint64)
-    out = _feistel(index.astype(np.uint64), half, key)
-    outside = np.flatnonzero(out >= limit)
-    while outside.size:
-        out[outside] = _feistel(out[outside], half[outside], key[outside])
-        outside = outside[out[outside] >= limit[outside]]
-    return out.astype(np.int64)
-
-
-def _feistel(word: Words, half: Words, key: Words) -> Words:
-    """One pass through the network over words of 2 * `half` bits; all (n,)."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = word >> half, word & mask
-    for turn in range(ROUNDS):
-        left, right = right, left ^ (_scramble(right ^ _scramble(key + np.uint64(turn))) & mask)
-    return (left << half) | right
-
-
-def _scramble(word: Words) -> Words:
-    """The output function of the splitmix64 generator (Steele, Lea and Flood 2014): a bijection of 64-bit words."""
-    word = word + np.uint64(0x9E3779B97F4A7C15)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))

@@ -1,6 +1,7 @@
 """Whole batches of one split: found in the run's order, read from their shards by offset, decoded, augmented."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,14 +9,26 @@ import torch
 from configs.schema import Run
 from data_pipeline.augment import draw_mixing, eval_view, train_view
 from data_pipeline.batch import Batch
+from data_pipeline.damage import BadSamples, stand_ins
 from data_pipeline.decode import decode
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Damage, DataError
 from data_pipeline.manifest import Dataset, Split
-from data_pipeline.order import Ints, Order, sample_seed
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import Order, sample_seed
+from data_pipeline.permutation import Ints
+from data_pipeline.prefetch import Ahead, Fetched
 from data_pipeline.shard import OpenShards
 from data_pipeline.synthetic import NoisePool
 
-_View = tuple[torch.Tensor, tuple[int, ...], str]  # uint8 (3, size, size), labels, key
+
+class _View(NamedTuple):
+    """A sample as the network sees it; not `valid` where an evaluation has to do without it."""
+
+    picture_CHW: torch.Tensor  # uint8 (3, size, size)
+    labels: tuple[int, ...]
+    weights: tuple[float, ...]
+    key: str
+    valid: bool = True
 
 
 class Reader(torch.utils.data.Dataset[Batch]):
@@ -24,13 +37,16 @@ class Reader(torch.utils.data.Dataset[Batch]):
     With an `order`, indices are global sample indices of a training run; without, positions in the split.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, run: Run, order: Order | None) -> None:
+    def __init__(self, dataset: Dataset, split: Split, run: Run, order: Order | Mixture | None) -> None:
         self._split, self._run, self._order = split, run, order
         self._classes, self._multi = dataset.classes, dataset.label_kind == "multi"
         self._starts = np.concatenate([[0], np.cumsum(split.counts)])
+        self._first_shards = np.array([source.first_shard for source in split.sources], dtype=np.int64)
         self._synthetic = dataset.synthetic
-        # Made where they are used: descriptors do not travel to loader processes, and pictures need not.
+        self._bad = BadSamples(run.folder, run.data.damage_budget)
+        # Made where they are used: descriptors and threads do not travel to loader processes, and pictures need not.
         self._shards: OpenShards | None = None
+        self._ahead: Ahead | None = None
         self._noise: NoisePool | None = None
 
     def __len__(self) -> int:
@@ -49,7 +65,7 @@ class Reader(torch.utils.data.Dataset[Batch]):
         if self._order is not None:
             epoch, shard, sample = self._order.lookup(indices_B)
             seeds = sample_seed(self._order.seed, epoch, indices_B - epoch * self._split.samples)
-            row, valid = np.arange(len(indices_B)), np.ones(len(indices_B), dtype=np.bool_)
+            once, row, valid = indices_B, np.arange(len(indices_B)), np.ones(len(indices_B), dtype=np.bool_)
         else:
             valid = indices_B < self._split.samples
             indices_B = np.minimum(indices_B, self._split.samples - 1)
@@ -57,24 +73,66 @@ class Reader(torch.utils.data.Dataset[Batch]):
             once, row = np.unique(indices_B, return_inverse=True)  # padding is decoded once
             shard = np.searchsorted(self._starts, once, side="right") - 1
             sample = once - self._starts[shard]
-        sample_of = self._made_up if self._synthetic else self._stored
-        views, labels, keys = [], [], []
-        for slot, (number, inside) in enumerate(zip(shard.tolist(), sample.tolist(), strict=True)):
-            view, found, key = sample_of(number, inside, int(seeds[slot]))
-            views.append(view)
-            labels.append(found)
-            keys.append(key)
+        if not self._synthetic:
+            self._look_ahead(once, shard)
+        places = zip(once.tolist(), shard.tolist(), sample.tolist(), strict=True)
+        found = [self._view(*place, int(seeds[slot])) for slot, place in enumerate(places)]
+        views = [found[slot] for slot in row]
         size = self._run.model.resolution
         mixing = draw_mixing(seeds.tolist(), size, self._run.augment) if self._order is not None else None
+        labels, weights = _label_tensors(views, self._multi)
         return Batch(
-            images_BCHW=torch.stack([views[slot] for slot in row]),
-            labels=_label_tensor([labels[slot] for slot in row], self._multi),
+            images_BCHW=self._stacked([view.picture_CHW for view in views]),
+            labels=labels,
             seeds_B=torch.from_numpy(seeds),
             indices_B=torch.from_numpy(indices_B),
-            valid_B=torch.from_numpy(valid),
-            keys=[keys[slot] for slot in row],
+            valid_B=torch.from_numpy(valid & np.array([view.valid for view in views])),
+            keys=[view.key for view in views],
             kept_B=mixing[0] if mixing else None,
             boxes_B4=mixing[1] if mixing else None,
+            weights_BL=weights,
+        )
+
+    def _stacked(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Pictures (3, H, W) as one tensor, in the memory format in which they are: see `augment.train_view`."""
+        if self._synthetic or (self._order is not None and self._run.augment.randaugment_layers):
+            return torch.stack(list(pictures))
+        return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
+
+    def _look_ahead(self, positions: Ints, shards: Ints) -> None:
+        """Open what this process reads from, and have fetched what it will need next."""
+        if self._shards is None or self._ahead is None:
+            fetched = Fetched(self._split, self._run.data)
+            self._shards = fetched.open()
+            self._ahead = Ahead(fetched, self._order, self._run.data.global_batch)
+        self._ahead.after(positions, shards)
+
+    def _view(self, index: int, shard: int, number: int, seed: int) -> _View:
+        """The sample at `index`, which is `number` of its shard, or what takes its place if it is damaged.
+
+        Raises:
+            DataError: damaged, and the run is to stop for it.
+        """
+        if self._synthetic:
+            return self._made_up(shard, number, seed)
+        try:
+            return self._stored(shard, number, seed)
+        except Damage as damage:
+            if self._run.data.on_damage == "stop":
+                raise
+            self._bad.note(self._split.shard_paths[shard], number, damage)
+        if self._order is None:  # no score for what cannot be seen
+            size = self._run.model.resolution
+            return _View(torch.zeros(3, size, size, dtype=torch.uint8), () if self._multi else (0,), (), "", False)
+        for place in stand_ins(index, self._order.samples, self._order.seed):
+            _, (other,), (sample,) = self._order.lookup(np.array([place]))
+            try:
+                return self._stored(int(other), int(sample), seed)
+            except Damage as damage:
+                self._bad.note(self._split.shard_paths[int(other)], int(sample), damage)
+        raise DataError(
+            f"{self._split.shard_paths[shard]}: sample {number} is damaged, and so is everything that may stand in for "
+            f"it; {self._bad.path} lists them; repair the shards"
         )
 
     def _made_up(self, shard: int, number: int, seed: int) -> _View:
@@ -82,34 +140,47 @@ class Reader(torch.utils.data.Dataset[Batch]):
         if self._noise is None:
             self._noise = NoisePool(self._run.model.resolution, self._classes)
         picture_CHW, labels = self._noise.sample(seed)
-        return torch.from_numpy(picture_CHW), labels, f"synthetic/{shard:04d}-{number:04d}"
+        return _View(torch.from_numpy(picture_CHW), labels, (), f"synthetic/{shard:04d}-{number:04d}")
 
     def _stored(self, shard: int, number: int, seed: int) -> _View:
         """One sample out of its shard.
 
         Raises:
-            DataError: naming shard, sample, key and offset.
+            Damage: naming shard, sample, key and offset.
+            DataError: the shard cannot be read.
         """
-        if self._shards is None:
-            self._shards = OpenShards(self._split.shard_paths, self._split.counts)
-        opened = self._shards.get(shard)
-        stored = opened.read(number, self._classes)
+        assert self._shards is not None
+        source = None
+        if self._split.sources:
+            source = self._split.sources[int(np.searchsorted(self._first_shards, shard, side="right")) - 1]
+        stored = self._shards.read(shard, number, source.classes if source else self._classes)
+        labels = tuple(source.translate[label] for label in stored.labels) if source else stored.labels
         run, size = self._run, self._run.model.resolution
-        where = f"{opened.path}: sample {number} at byte {int(opened.sidecar.offsets[number])}, key {stored.key!r}"
-        if not self._multi and len(stored.labels) != 1:
-            raise DataError(f"{where}: {len(stored.labels)} labels in a data set of single labels")
         try:
+            if not self._multi and len(labels) != 1:
+                raise Damage(f"{len(labels)} labels in a data set of single labels")
             image_CHW = decode(stored.picture, run.data.max_pixels)
         except DataError as error:
+            opened = self._shards.get(shard)
+            where = f"{opened.path}: sample {number} at byte {int(opened.sidecar.offsets[number])}, key {stored.key!r}"
+            if isinstance(error, Damage):
+                raise Damage(f"{where}: {error}", stored.key) from error
             raise DataError(f"{where}: {error}") from error
         if self._order is None:
-            return eval_view(image_CHW, size, run.augment), stored.labels, stored.key
-        return train_view(image_CHW, size, run.augment, seed), stored.labels, stored.key
+            view_CHW = eval_view(image_CHW, size, run.augment)
+        else:
+            view_CHW = train_view(image_CHW, size, run.augment, seed)
+        return _View(view_CHW, labels, stored.weights, stored.key)
 
 
-def _label_tensor(labels: Sequence[tuple[int, ...]], multi: bool) -> torch.Tensor:
-    """Labels as int64: (B,), or with `multi` (B, L) padded with -1."""
-    if not multi:
-        return torch.tensor([found[0] for found in labels], dtype=torch.int64)
-    longest = max(1, *(len(found) for found in labels))
-    return torch.tensor([[*found, *[-1] * (longest - len(found))] for found in labels], dtype=torch.int64)
+def _label_tensors(views: Sequence[_View], multi: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels as int64, (B,), or with `multi` (B, L) padded with -1; and float32 weights, (B, L), if any are soft."""
+    longest = max(1, *(len(view.labels) for view in views)) if multi else 1
+    labels_BL = torch.tensor(
+        [[*view.labels, *[-1] * (longest - len(view.labels))] for view in views], dtype=torch.int64
+    )
+    weights_BL = None
+    if any(view.weights for view in views):
+        rows = [view.weights or (1.0,) * len(view.labels) for view in views]
+        weights_BL = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows], dtype=torch.float32)
+    return labels_BL if multi else labels_BL[:, 0], weights_BL

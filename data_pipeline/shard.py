@@ -5,29 +5,31 @@ crc32 of each sample's byte range (uint32), the crc32 of everything before it (u
 [offset_i, offset_{i+1}): all its members, headers and padding included.
 """
 
-import io
-import json
+import fcntl
 import os
 import struct
-import tarfile
+import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Damage, DataError, StoreError
+from data_pipeline.members import PICTURE_EXTENSIONS, TAR_BLOCK, Sample, parse
+
+__all__ = ["PICTURE_EXTENSIONS", "OpenShards", "Sample", "parse", "read_sidecar"]
 
 MAGIC = b"CoAtIdx\n"
 SIDECAR_VERSION = 1
 HEADER = struct.Struct("<8sII")
 CRC = struct.Struct("<I")
-TAR_BLOCK = 512  # bytes; members start at multiples of it
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_SAMPLE_BYTES = 1 << 28  # a larger sample is refused, not read
+ANY_SIZE = 1 << 63  # bytes; no tar is so long
+OPEN_TRIES = 1000  # to have a cached shard before it is evicted again
 OPEN_SHARDS = 256  # file descriptors held at most, well below the usual limit of 1,024
 
 
@@ -37,16 +39,6 @@ class Sidecar:
 
     offsets: NDArray[np.uint64]
     crcs: NDArray[np.uint32]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample as stored: `picture` is the undecoded file, `labels` indices into the vocabulary."""
-
-    key: str
-    extension: str
-    picture: bytes
-    labels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,66 +53,136 @@ class OpenShard:
         """Sample `number`, its bytes checked against the sidecar and its labels against `classes`.
 
         Raises:
-            DataError: naming the shard, the sample, its key and its offset.
+            Damage: naming the shard, the sample, its key and its offset.
+            StoreError: the file system fails.
         """
         begin, end = (int(edge) for edge in self.sidecar.offsets[number : number + 2])
         where = f"{self.path}: sample {number} at byte {begin}"
         if end - begin > MAX_SAMPLE_BYTES:
-            raise DataError(f"{where}: {end - begin} bytes, the limit is {MAX_SAMPLE_BYTES}; rebuild without it")
+            raise Damage(f"{where}: {end - begin} bytes, the limit is {MAX_SAMPLE_BYTES}; rebuild without it")
         try:
             data = os.pread(self.descriptor, end - begin, begin)
+            while len(data) < end - begin and (
+                more := os.pread(self.descriptor, end - begin - len(data), begin + len(data))
+            ):
+                data += more
         except OSError as error:
-            raise DataError(f"{where}: cannot be read: {error.strerror}") from error
+            raise StoreError(f"{where}: cannot be read: {error.strerror}") from error
         if len(data) != end - begin:
-            raise DataError(
-                f"{where}: the file ends after {len(data)} of its {end - begin} bytes; fetch the shard again"
-            )
+            raise Damage(f"{where}: the file ends after {len(data)} of its {end - begin} bytes; fetch the shard again")
         if zlib.crc32(data) != int(self.sidecar.crcs[number]):
             name = data[:100].partition(b"\0")[0].decode("ascii", "backslashreplace")
-            raise DataError(
+            raise Damage(
                 f"{where}, key {name!r} if still readable: the bytes do not match their checksum; fetch the shard again"
             )
         try:
             return parse(data, classes)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+        except Damage as error:
+            raise Damage(f"{where}: {error}", error.key) from error
 
 
 class OpenShards:
-    """The shards of one split that were read last, at most `limit` of them open."""
+    """The shards of one split that were read last, at most `limit` of them open.
 
-    def __init__(self, paths: Sequence[str], counts: NDArray[np.int64], limit: int = OPEN_SHARDS) -> None:
+    Args:
+        paths: of the tars, for messages, and for reading where there is no `locate`.
+        counts: samples of each shard, (shards,).
+        limit: shards open at a time.
+        locate: the local path of a shard number, whole; its sidecar lies beside it.
+        renew: has a copy looked at again whose samples are damaged. Given with the `locate` of a cache, whose files
+            are locked while they are open so that no process evicts them.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        counts: NDArray[np.int64],
+        limit: int = OPEN_SHARDS,
+        locate: Callable[[int], str] | None = None,
+        renew: Callable[[int], None] | None = None,
+    ) -> None:
         self._paths, self._counts, self._limit = paths, counts, limit
+        self._locate, self._renew = locate, renew
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def get(self, shard: int) -> OpenShard:
         """Shard number `shard`, opened if need be; the one unused for longest is closed when there are too many.
 
         Raises:
-            DataError: the shard or its sidecar is missing or damaged.
+            StoreError: the shard or its sidecar is missing or cannot be read.
+            DataError: its sidecar is damaged.
         """
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         if len(self._open) >= self._limit:
             os.close(self._open.popitem(last=False)[1].descriptor)
-        path = self._paths[shard]
+        local, descriptor = self._descriptor(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened: {error.strerror}") from error
-        try:
-            opened = OpenShard(path, descriptor, read_sidecar(path, int(self._counts[shard])))
+            opened = OpenShard(
+                self._paths[shard], descriptor, read_sidecar(local, int(self._counts[shard]), whole=False)
+            )
         except BaseException:
             os.close(descriptor)
             raise
         self._open[shard] = opened
         return opened
 
+    def read(self, shard: int, number: int, classes: int) -> Sample:
+        """Sample `number` of shard number `shard`; a copy that went bad in the cache is fetched again first.
+
+        Raises:
+            StoreError: see `get`.
+            DataError: the sample is damaged where the shard comes from: see `OpenShard.read`.
+        """
+        try:
+            return self.get(shard).read(number, classes)
+        except DataError as error:
+            if self._renew is None or isinstance(error, StoreError):
+                raise
+            self._close(shard)
+            self._renew(shard)
+        return self.get(shard).read(number, classes)
+
+    def _descriptor(self, shard: int) -> tuple[str, int]:
+        """Local path and descriptor of a shard, locked against eviction if it is a cache's.
+
+        Raises:
+            StoreError: it cannot be had.
+        """
+        for _ in range(OPEN_TRIES):
+            local = self._locate(shard) if self._locate else self._paths[shard]
+            try:
+                descriptor = os.open(local, os.O_RDONLY | os.O_CLOEXEC)
+            except (OSError, ValueError) as error:
+                if self._renew is not None and isinstance(error, FileNotFoundError):
+                    continue  # evicted since it was located
+                raise StoreError(
+                    f"{self._paths[shard]}: missing, cannot be opened: {error}; restore the file, then give the same "
+                    f"command again"
+                ) from error
+            if self._renew is None:
+                return local, descriptor
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(local)):
+                    return local, descriptor
+            except (BlockingIOError, FileNotFoundError):
+                time.sleep(0.01)  # it is just being evicted, or has just been fetched
+            except OSError:  # of a mixture, a shard that is read in place, where there are no locks
+                return local, descriptor
+            os.close(descriptor)
+        raise StoreError(f"{self._paths[shard]}: evicted as often as it was fetched; give a larger data.cache_bytes")
+
+    def _close(self, shard: int) -> None:
+        """Close one shard if it is open."""
+        if shard in self._open:
+            os.close(self._open.pop(shard).descriptor)
+
     def close(self) -> None:
         """Close all file descriptors."""
-        while self._open:
-            os.close(self._open.popitem()[1].descriptor)
+        for shard in list(self._open):
+            self._close(shard)
 
     def __del__(self) -> None:
         self.close()
@@ -128,7 +190,7 @@ class OpenShards:
 
 def sidecar_path(shard: str) -> str:
     """The sidecar beside the tar file `shard`."""
-    return str(Path(shard).with_suffix(".idx"))
+    return os.path.splitext(shard)[0] + ".idx"
 
 
 def sidecar_bytes(samples: int) -> int:
@@ -143,8 +205,10 @@ def pack_sidecar(offsets: Sequence[int], crcs: Sequence[int]) -> bytes:
     return body + CRC.pack(zlib.crc32(body))
 
 
-def read_sidecar(shard: str, samples: int) -> Sidecar:
+def read_sidecar(shard: str, samples: int, whole: bool = True) -> Sidecar:
     """The sidecar of the tar file `shard`, which the manifest says holds `samples` samples.
+
+    With `whole`, a tar that ends before its last sample is refused; else the samples it lacks are damaged ones.
 
     Raises:
         DataError: missing, damaged, of another version, or at odds with the shard.
@@ -152,11 +216,20 @@ def read_sidecar(shard: str, samples: int) -> Sidecar:
     path = sidecar_path(shard)
     try:
         data = Path(path).read_bytes()
-        tar_bytes = os.stat(shard).st_size
+        tar_bytes = os.stat(shard).st_size if whole else ANY_SIZE
     except OSError as error:
-        raise DataError(
+        raise StoreError(
             f"{path}: cannot be read: {error.strerror}; rebuild the data set or fetch the file again"
         ) from error
+    return check_sidecar(data, samples, tar_bytes, path)
+
+
+def check_sidecar(data: bytes, samples: int, tar_bytes: int, path: str) -> Sidecar:
+    """The sidecar whose file's bytes are `data`; `path` is for messages.
+
+    Raises:
+        DataError: damaged, of another version, or at odds with a shard of `samples` samples and `tar_bytes` bytes.
+    """
     if len(data) != sidecar_bytes(samples):
         raise DataError(
             f"{path}: {len(data)} bytes, expected {sidecar_bytes(samples)} for {samples} samples; fetch it again"
@@ -172,53 +245,6 @@ def read_sidecar(shard: str, samples: int) -> Sidecar:
     crcs = np.frombuffer(data, dtype="<u4", count=samples, offset=HEADER.size + 8 * (samples + 1))
     if (offsets[1:] <= offsets[:-1]).any() or int(offsets[-1]) > tar_bytes or (offsets % TAR_BLOCK).any():
         raise DataError(
-            f"{path}: its offsets do not fit {shard} of {tar_bytes} bytes; the two files are not of one build"
+            f"{path}: its offsets do not fit a shard of {tar_bytes} bytes; the two files are not of one build"
         )
     return Sidecar(offsets.astype(np.uint64), crcs.astype(np.uint32))
-
-
-def parse(data: bytes, classes: int) -> Sample:
-    """The sample whose tar members are `data`. Members are only read, never executed or unpickled.
-
-    Raises:
-        DataError: not tar members of one sample with one picture and one label member, or labels out of range.
-    """
-    key, members = None, {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if key not in (None, folder + slash + stem):
-                    raise DataError(f"key {key!r}: also holds a member of {folder + slash + stem!r}")
-                key = folder + slash + stem
-                content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-                if content is None or extension.lower() in members:
-                    raise DataError(f"key {key!r}: member {member.name!r} is no plain file or comes twice")
-                members[extension.lower()] = content.read()
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"key {key!r}: not readable as tar members: {error}") from error
-    pictures = [extension for extension in PICTURE_EXTENSIONS if extension in members]
-    if key is None or len(pictures) != 1:
-        raise DataError(f"key {key!r}: needs one member of {PICTURE_EXTENSIONS}, has {sorted(members)}")
-    return Sample(key, pictures[0], members[pictures[0]], _labels(key, members, classes))
-
-
-def _labels(key: str, members: dict[str, bytes], classes: int) -> tuple[int, ...]:
-    """The labels in the one member `cls` (a number) or `json` ({"labels": [numbers]})."""
-    if ("cls" in members) == ("json" in members):
-        raise DataError(f"key {key!r}: needs either a cls or a json member, has {sorted(members)}")
-    try:
-        if "cls" in members:
-            text = members["cls"].strip()
-            labels: object = [int(text)] if text.isdigit() else text
-        else:
-            content = json.loads(members["json"])
-            labels = content.get("labels") if isinstance(content, dict) else None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"key {key!r}: its label cannot be read: {error}") from error
-    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise DataError(f"key {key!r}: labels {labels!r}: must be whole numbers from 0 to {classes - 1}")
-    return tuple(labels)

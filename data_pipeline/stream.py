@@ -22,6 +22,7 @@ from data_pipeline.augment import check_mixing
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset
+from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
 from data_pipeline.reader import Reader
 from data_pipeline.synthetic import open_data
@@ -30,7 +31,7 @@ __all__ = ["Batch", "heldout_loader", "open_data", "train_loader"]
 
 
 def train_loader(
-    dataset: Dataset, run: Run, order: Order, slices: Sequence[tuple[int, int]], start: int, steps: int
+    dataset: Dataset, run: Run, order: Order | Mixture, slices: Sequence[tuple[int, int]], start: int, steps: int
 ) -> Iterator[Batch]:
     """One rank's micro-batches for `steps` optimizer steps, from global sample index `start` on.
 

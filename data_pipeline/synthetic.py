@@ -10,8 +10,9 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.schema import Run
+from configs.schema import Run, mixture_entry
 from data_pipeline.manifest import Dataset, Split, open_dataset
+from data_pipeline.merge import merge
 
 # (shards, samples in each): close to ImageNet-1k's 1.28M training pictures; lanes and pieces work as on real shards.
 SHARDS = {"train": (1250, 1024), "heldout": (10, 1000)}
@@ -19,12 +20,18 @@ POOL = 32  # pictures, 5 MB at 224 pixels
 
 
 def open_data(run: Run) -> Dataset:
-    """The data of a run: the data set in `run.data.path`, or with `run.data.synthetic` the made-up one.
+    """The data of a run: the data set in `run.data.path`, those of `run.data.mixture` as one, or the made-up one.
 
     Raises:
         DataError: see `data_pipeline.manifest.open_dataset`.
+        InputError: see `data_pipeline.merge.merge`.
     """
-    return synthetic_dataset(run.data.synthetic_classes) if run.data.synthetic else open_dataset(run.data.path)
+    if run.data.synthetic:
+        return synthetic_dataset(run.data.synthetic_classes)
+    if run.data.mixture:
+        paths, weights = zip(*map(mixture_entry, run.data.mixture), strict=True)
+        return merge([open_dataset(path, run.data) for path in paths], weights)
+    return open_dataset(run.data.path, run.data)
 
 
 def synthetic_dataset(classes: int) -> Dataset:

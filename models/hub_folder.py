@@ -14,7 +14,7 @@ from models import card as cards
 from models import interop, timm_names
 from models.card import Card
 from models.interop import Weights
-from models.weight_file import FOLDER_FILE
+from models.weight_file import FOLDER_FILE, check_finite
 
 FILES = ("config.json", FOLDER_FILE, "README.md")
 
@@ -28,6 +28,7 @@ def write(folder: Path, weights: Weights, force: bool = False) -> None:
     there = [folder / name for name in FILES if (folder / name).exists()]
     if there and not force:
         raise InputError(f"{there[0]}: is there already; --force replaces it, --out chooses another folder")
+    check_finite(weights.tensors, str(folder))  # before weights that are there go
     for_timm = not timm_names.obstacles(weights.card.spec)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,8 @@ def _refuse_without_effect(model: schema.Model, found: Spec) -> None:
     for name, default, block in (
         ("head_size", 0, "transformer"),
         ("relative_bias", "auto", "transformer"),
+        ("attention", "auto", "transformer"),
+        ("bias_lookup", "index_select", "transformer"),
         ("conv_norm", "auto", "mbconv"),
         ("stride", "auto", "mbconv"),
     ):

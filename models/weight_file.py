@@ -15,6 +15,7 @@ from configs.errors import InputError
 from models.timm_names import COUNTER
 
 FOLDER_FILE = "model.safetensors"  # the weights' name in a folder that the Hugging Face hub or timm reads
+ENDING = ".safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".tar")
 
 
@@ -33,6 +34,8 @@ def located(path: Path) -> Path:
             f'convert it: python -c "import sys, torch; from safetensors.torch import save_file; '
             f"save_file(torch.load(sys.argv[1], weights_only=True), 'model.safetensors')\" {suspect}"
         )
+    if (path / "run.json").is_file() and not file.is_file():
+        raise InputError(f"{path}: is a run folder; `coatnet export {path}` writes its weights as a file")
     if not file.is_file():
         raise InputError(f"{file}: no such file; `coatnet export RUN` writes one")
     return file
@@ -64,8 +67,10 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], fo
         force: replace a file that is there.
 
     Raises:
-        InputError: the file is there, or it cannot be written.
+        InputError: the file is there, its ending is a pickle's, which `located` refuses, or it cannot be written.
     """
+    if file.suffix in PICKLES:
+        raise InputError(f"{file}: the ending {file.suffix} is a pickle's; nearest valid: {file.with_suffix(ENDING)}")
     if file.exists() and not force:
         raise InputError(f"{file}: is there already; --force replaces it, --out chooses another name")
     aside = file.with_name(file.name + ".partial")

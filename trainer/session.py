@@ -9,6 +9,7 @@ from typing import Any
 
 from configs import resolve
 from configs.schema import Run
+from data_pipeline import damage
 from data_pipeline.manifest import Dataset, Split
 from data_pipeline.order import Order
 from data_pipeline.stream import heldout_loader
@@ -78,6 +79,10 @@ class Session:
         if math.isfinite(grad_norm):
             values["train/grad_norm"] = grad_norm
         self.meter.restart()
+        if self.run.data.on_damage == "replace":
+            values["data/bad_samples"] = damage.count(self.folder)
+            if values["data/bad_samples"] > self.latest.get("data/bad_samples", 0):
+                self.event("damage", bad_samples=values["data/bad_samples"])
         self.latest = values
         if self.log is not None:
             self.log.metrics(self.step, values)

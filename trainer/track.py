@@ -118,4 +118,4 @@ def tracking_uri(run: Run) -> str:
 
 def run_folder(run: Run) -> Path:
     """The folder that belongs to `run`."""
-    return Path(run.runs) / (run.name or run.recipe + ("-synthetic" if run.data.synthetic else ""))
+    return Path(run.folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.schema import Run
+from configs.schema import Init, Run
 from data_pipeline.manifest import Dataset
 from models import interop, spec, timm_design
 from models.card import Card
@@ -32,6 +32,7 @@ def check(run: Run, dataset: Dataset, verified: bool = True) -> None:
     Raises:
         InputError: the path, what does not fit, and what would.
     """
+    _refuse_without_effect(run)
     if not run.init.path or any(run_folder(run).glob("checkpoints/step-*/COMPLETE")):
         return
     path = Path(run.init.path)
@@ -74,6 +75,18 @@ def warm_start(run: Run, dataset: Dataset, model: CoAtNet, member: Member) -> di
     return facts | {"resolution": list(card.resolution), "head": run.init.head}
 
 
+def _refuse_without_effect(run: Run) -> None:
+    """Refuse settings of weights where none are asked for.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for name, default in (("weights", Init.weights), ("head", Init.head)):
+        value = getattr(run.init, name)
+        if not run.init.path and value != default:
+            raise InputError(f"init.{name} = {value!r}: init.path names no weights; nearest valid: {default!r}")
+
+
 def _of_file(run: Run, path: Path) -> interop.Weights:
     """The weights in a file or in a folder that is no run's, of the kind that the run asks for."""
     if not path.exists():
@@ -88,6 +101,8 @@ def _of_file(run: Run, path: Path) -> interop.Weights:
 
 
 def _check(run: Run, dataset: Dataset, card: Card) -> None:
-    """Hold the card against the network and the classes of the run."""
-    where = f"init.path = {run.init.path!r}"
-    check_fit(card, spec.of(run.model), dataset.vocabulary, where, run.init.head, REMEDY)
+    """Hold the card against the network and the classes of the run; made-up classes have no names to compare."""
+    where, labels = f"init.path = {run.init.path!r}", dataset.vocabulary
+    if run.data.synthetic and len(card.labels) == len(labels):
+        labels = card.labels
+    check_fit(card, spec.of(run.model), labels, where, run.init.head, REMEDY)

@@ -19,8 +19,9 @@ from configs.errors import InputError
 from data_pipeline import demo
 from data_pipeline.build import Picture, already_built, split_of, write_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Dataset, open_dataset, verify
+from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards
+from data_pipeline.verify import verify
 
 SLOW_BUILD = """
 import sys, time

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Dataset, Row, fingerprint, open_dataset, pack_rows, verify, verify_command
+from data_pipeline.manifest import Dataset, Row, fingerprint, open_dataset, pack_rows
 from data_pipeline.shard import OpenShards, Sample, pack_sidecar, parse, read_sidecar
+from data_pipeline.verify import verify, verify_command
 
 Content = dict[str, object]
 
@@ -254,7 +255,7 @@ def test_labels_of_both_kinds_are_read() -> None:
         ({"png": b"x", "json": b"[0]"}, "labels None"),
         ({"png": b"x", "json": b"{"}, "cannot be read"),
         ({"png": b"x", "json": b"[" * 100_000}, "cannot be read"),
-        ({"png": b"x", "cls": b"1", "json": b"{}"}, "either a cls or a json"),
+        ({"png": b"x", "cls": b"1", "json": b'{"labels": [1]}'}, "either a cls or a json"),
         ({"png": b"x"}, "either a cls or a json"),
         ({"cls": b"1"}, "needs one member"),
         ({"png": b"x", "jpg": b"x", "cls": b"1"}, "needs one member"),

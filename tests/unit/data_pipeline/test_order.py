@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError
 from data_pipeline.order import Order, keyed, permute, sample_seed
+from data_pipeline.permutation import restore
 
 shards = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(any)
 sizes = st.integers(1, 60)
+JFT = Order(np.full(300_000, 10_000), seed=5, block=4096, lanes=720, piece=8192)
 
 
 def pairs(order: Order, start: int, stop: int) -> list[tuple[int, int]]:
@@ -67,6 +69,38 @@ def test_epochs_and_seeds_differ() -> None:
     assert len({tuple(order) for order in orders}) == 6
 
 
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_bijection_and_restore_its_inverse(size: int, seed: int) -> None:
+    index = np.arange(size)
+    sizes, key = np.full(size, size), np.full(size, keyed(9, seed, np.zeros(1, dtype=np.int64))[0])
+    image = permute(index, sizes, key)
+    assert sorted(image.tolist()) == index.tolist()
+    assert (restore(image, sizes, key) == index).all()
+
+
+@given(counts=shards, seed=st.integers(0, 2**31 - 1), block=sizes, lanes=st.integers(1, 800), piece=sizes)
+@settings(max_examples=100, deadline=None)
+def test_find_is_the_inverse_of_lookup(counts: list[int], seed: int, block: int, lanes: int, piece: int) -> None:
+    order = Order(np.array(counts), seed, block, lanes, piece)
+    positions = np.concatenate([np.arange(2 * order.samples), 9 * order.samples + np.arange(order.samples)])
+    assert (order.find(*order.lookup(positions)) == positions).all()
+
+
+@given(g=st.lists(st.integers(0, 40 * 3_000_000_000), min_size=1, max_size=50))
+@settings(max_examples=15, deadline=None)
+def test_find_is_the_inverse_of_lookup_at_jft_scale(g: list[int]) -> None:
+    positions = np.array(g)
+    assert (JFT.find(*JFT.lookup(positions)) == positions).all()
+
+
+@pytest.mark.parametrize("place", [(-1, 0, 0), (0, -1, 0), (0, 2, 0), (0, 0, -1), (0, 0, 5), (0, 1, 3)])
+def test_a_sample_that_is_not_there_is_not_found(place: tuple[int, int, int]) -> None:
+    order = Order(np.array([5, 3]), 0, 4, 2, 2)
+    with pytest.raises(InputError, match="within the data set"):
+        order.find(*(np.array([number]) for number in place))
+
+
 def test_permute_is_even_handed() -> None:
     keys = keyed(9, 0, np.arange(3000))
     images = permute(np.zeros(3000, dtype=np.int64), np.full(3000, 10), keys)
@@ -75,16 +109,38 @@ def test_permute_is_even_handed() -> None:
     assert hits.max() < 370
 
 
-@pytest.mark.parametrize("world", [8, 9, 7])
-def test_a_rank_opens_few_shards(world: int) -> None:
-    order = Order(np.full(3000, 1000), seed=0, block=4096, lanes=720, piece=1000)
-    low, high = 4096 // world * 3, 4096 // world * 4
-    lanes = {slot * 720 // 4096 for slot in range(low, high)}
-    assert len(lanes) <= -(-720 // world) + 1
-    for step in (0, 5, 300, 732):
-        _, shard, _ = order.lookup(np.arange(step * 4096 + low, min((step * 4096) + high, order.samples)))
-        assert len(np.unique(shard)) <= 3 * len(lanes)
-    assert -(-720 // world) * 3 < 3000 / 8
+def shards_of_rank(order: Order, rank: int, world: int, steps: range) -> list[set[int]]:
+    """The shards that a rank reads in each step: slots [rank * B / W, (rank + 1) * B / W) of the global batch."""
+    low, high = rank * order.block // world, (rank + 1) * order.block // world
+    read = (order.lookup(np.arange(step * order.block + low, step * order.block + high))[1] for step in steps)
+    return [set(found.tolist()) for found in read]
+
+
+@pytest.mark.parametrize(("world", "lanes", "node_shards"), [(8, 90, 1440), (16, 45, 720), (24, 30, 480), (80, 9, 144)])
+def test_a_rank_opens_few_shards_and_a_node_downloads_its_own(world: int, lanes: int, node_shards: int) -> None:
+    # Where the world divides the lanes: V / W lanes a rank, and 8 ranks of a node read 8 / W of all 1,440 shards.
+    order = Order(np.full(1440, 70), seed=0, block=5040, lanes=720, piece=70)  # two shards fill a lane exactly
+    epoch = range(order.samples // order.block)
+    node = [shards_of_rank(order, rank, world, epoch) for rank in range(8)]
+    assert lanes * world == 720
+    assert max(len(step) for rank in node for step in rank) == lanes  # pieces of a shard's size: one a lane at a time
+    assert {len(set().union(*rank)) for rank in node} == {2 * lanes}
+    assert len({shard for rank in node for step in rank for shard in step}) == node_shards
+
+
+def test_where_the_world_does_not_divide_the_lanes_neighbours_share_one() -> None:
+    order = Order(np.full(1440, 70), seed=0, block=5040, lanes=720, piece=70)
+    whole = [set().union(*shards_of_rank(order, rank, 7, range(order.samples // order.block))) for rank in range(7)]
+    assert sorted(map(len, whole)) == [206, 206, *[208] * 5]  # 103 lanes, and one more inside: ceil(V / W) + 1
+    assert sum(map(len, whole)) == 1440 + 6 * 2  # each of the 6 borders cuts through one lane
+
+
+def test_the_next_epoch_moves_a_rank_by_the_partial_block_only() -> None:
+    order = Order(np.full(1440, 71), seed=0, block=5040, lanes=720, piece=70)  # 20 full blocks and 1,440 samples more
+    start = -(-order.samples // order.block)
+    seconds = shards_of_rank(order, 3, 8, range(start, start + 19))
+    assert order.samples % order.block
+    assert len(set().union(*seconds)) <= 3 * (90 + 2)  # of 1,440
 
 
 def test_300_thousand_shards_fit_in_200_megabytes() -> None:
@@ -111,8 +167,7 @@ def test_version_1_is_pinned() -> None:
     assert epoch.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
     assert shard.tolist() == [2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 4]
     assert sample.tolist() == [0, 1, 8, 7, 6, 1, 3, 2, 1, 3, 2, 6]
-    big = Order(np.full(300_000, 10_000), seed=5, block=4096, lanes=720, piece=8192)
-    _, shard, sample = big.lookup(np.array([0, 1, 4095, 4096, 2_999_999_999, 3_000_000_000, 123_456_789_012]))
+    _, shard, sample = JFT.lookup(np.array([0, 1, 4095, 4096, 2_999_999_999, 3_000_000_000, 123_456_789_012]))
     assert shard.tolist() == [44446, 44446, 7759, 44446, 174708, 257608, 102807]
     assert sample.tolist() == [2763, 289, 4264, 6044, 9992, 4510, 8191]
     assert sample_seed(7, np.array([0, 0, 3]), np.array([0, 1, 99])).tolist() == [

@@ -1,0 +1,217 @@
+"""`coatnet data adopt`: existing WebDataset tars become a data set as they are, in place.
+
+The data set's folder holds a link to each tar and, beside the link, the sidecar; the tars are only read. So a manifest
+still names nothing outside its folder, and whoever fetches one from elsewhere is led nowhere; links are what the user
+of this machine made. A copy of the folder must follow them (`cp -rL`). Every sample is read back as training will read
+it. Tars of another form, or with damaged samples, are for `coatnet data build`, which writes new ones.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from configs.errors import InputError
+from data_pipeline.build import BUILD, already_built, claimed, shard_name, write_manifest
+from data_pipeline.errors import DataError
+from data_pipeline.labels import read_vocabulary
+from data_pipeline.manifest import Dataset, LabelKind, Row, open_dataset
+from data_pipeline.members import Sample, parse
+from data_pipeline.plan import SHOWN, Tell
+from data_pipeline.shard import pack_sidecar, sidecar_path
+from data_pipeline.tars import TarSample, tar_samples
+from data_pipeline.workers import spread
+from data_pipeline.writing import write_whole
+
+ANY_CLASS = 1_000_000  # labels are held against this before the number of classes is known
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A tar to index as a shard of a split."""
+
+    tar: str
+    split: str
+    number: int
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """What a tar holds: its row, how many samples carry each label, whether all have just one, what is wrong."""
+
+    row: dict[str, object]
+    labels: dict[str, int]
+    single: bool
+    problems: list[str]
+
+
+def adopt(
+    tars: Sequence[str],
+    out: str | Path,
+    heldout: Sequence[str] = (),
+    vocabulary: str = "",
+    workers: int = 1,
+    tell: Tell = lambda line: None,
+) -> Dataset:
+    """Index tars as the training split, and those of `heldout` as the held-out one, in folder `out`.
+
+    A killed call continues behind the tars it had finished.
+
+    Args:
+        tars: paths.
+        out: the data set's folder to be.
+        heldout: paths.
+        vocabulary: file of class names; empty: the classes are named by their numbers, up to the largest label.
+        workers: processes.
+        tell: is given lines on the progress.
+
+    Raises:
+        InputError: a path twice or no tar, samples that training could not read, or `out` holds something else.
+    """
+    root = Path(out).absolute()
+    listed = {
+        split: [str(Path(tar).absolute()) for tar in given] for split, given in (("train", tars), ("heldout", heldout))
+    }
+    _check([path for paths in listed.values() for path in paths], tars)
+    names = read_vocabulary(vocabulary)
+    origin: dict[str, object] = {
+        "source": f"{len(tars) + len(heldout)} tars, adopted",
+        "creation": "links to existing tars",
+        "listing": _listing(listed),
+        "vocabulary_given": hashlib.sha256(json.dumps(names).encode()).hexdigest() if names else "",
+    }
+    built = already_built(root, origin)
+    if built:
+        return built
+    folder = root / BUILD
+    marker = folder / "origin.json"
+    fresh = not marker.exists() or json.loads(marker.read_bytes()) != origin
+    with claimed(root, clear=fresh):
+        for path in (folder / "records", *(root / split for split, paths in listed.items() if paths)):
+            path.mkdir(parents=True, exist_ok=True)
+        write_whole(marker, json.dumps(origin).encode())
+        jobs = [_Job(tar, split, number) for split, paths in listed.items() for number, tar in enumerate(paths)]
+        found = []
+        for number, indexed in enumerate(spread(partial(_index, root), jobs, workers), 1):
+            found.append(indexed)
+            tell(f"read tar {number} of {len(jobs)}")
+        problems = [line for indexed in found for line in indexed.problems]
+        if problems:
+            raise InputError(
+                f"{len(problems)} samples cannot be read from these tars as they are: {'; '.join(problems[:SHOWN])}; "
+                f"`coatnet data build` writes new shards from tars of any labels, and leaves out what is damaged with "
+                f"--skip-unreadable"
+            )
+        _finish(root, jobs, found, names, origin)
+    shutil.rmtree(folder)
+    return open_dataset(root)
+
+
+def _check(paths: Sequence[str], training: Sequence[str]) -> None:
+    """Refuse an empty list, a path given twice, and files that are no tars."""
+    if not training:
+        raise InputError("coatnet data adopt: no tars given")
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise InputError(f"{path}: is given {count} times; a tar belongs to one split, once")
+        if not path.endswith(".tar") or not os.path.isfile(path):
+            raise InputError(f"{path}: no such file, or no uncompressed .tar; unpack compressed ones first")
+
+
+def _listing(listed: Mapping[str, Sequence[str]]) -> str:
+    """sha256 over paths, sizes and times."""
+    digest = hashlib.sha256()
+    for split, paths in listed.items():
+        for path in paths:
+            status = os.stat(path)
+            digest.update(f"{split}\0{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _index(root: Path, job: _Job) -> _Indexed:
+    """Index a tar, unless that was done before: link, sidecar, and the record last."""
+    record = root / BUILD / f"records/{job.split}-{job.number:06d}.json"
+    try:
+        return _Indexed(**json.loads(record.read_bytes()))
+    except FileNotFoundError:
+        indexed, sidecar = _read(job)
+    if not indexed.problems:
+        link = root / shard_name(job.split, job.number)
+        link.unlink(missing_ok=True)
+        link.symlink_to(job.tar)
+        write_whole(Path(sidecar_path(str(link))), sidecar)
+        write_whole(record, json.dumps(asdict(indexed)).encode())
+    return indexed
+
+
+def _read(job: _Job) -> tuple[_Indexed, bytes]:
+    """What a tar holds, and its sidecar. Every sample is read as training reads it."""
+    labels: Counter[str] = Counter()
+    single, problems = True, []
+    offsets: list[int] = []
+    crcs: list[int] = []
+    digest = hashlib.sha256()
+    with open(job.tar, "rb") as file:
+        samples = list(tar_samples(job.tar))
+        digest.update(file.read(samples[0].begin if samples else 0))
+        for sample in samples:
+            data = file.read(sample.end - sample.begin)
+            digest.update(data)
+            offsets.append(sample.begin)
+            crcs.append(zlib.crc32(data))
+            try:
+                found = _sample(sample, data)
+                labels.update(str(label) for label in set(found.labels))
+                single = single and len(found.labels) == 1 and not found.weights
+            except DataError as error:
+                problems.append(f"{job.tar}: {error}")
+        digest.update(file.read())
+        size = file.tell()
+    if not samples:
+        problems.append(f"{job.tar}: holds no samples")
+        return _Indexed({}, {}, single, problems), b""
+    row = Row(shard_name(job.split, job.number), len(samples), size, digest.hexdigest())
+    return _Indexed(asdict(row), dict(labels), single, problems), pack_sidecar([*offsets, samples[-1].end], crcs)
+
+
+def _sample(sample: TarSample, data: bytes) -> Sample:
+    """A sample as training reads it.
+
+    Raises:
+        DataError: training could not read it.
+    """
+    if sample.problem:
+        raise DataError(f"key {sample.key!r}: {sample.problem}")
+    return parse(data, ANY_CLASS)
+
+
+def _finish(
+    root: Path, jobs: Sequence[_Job], found: Sequence[_Indexed], names: Sequence[str], origin: Mapping[str, object]
+) -> None:
+    """Write the manifest over all tars.
+
+    Raises:
+        InputError: a label that the vocabulary has no name for.
+    """
+    training: Counter[int] = Counter()
+    largest = -1
+    rows: dict[str, list[Row]] = {}
+    for job, indexed in zip(jobs, found, strict=True):
+        counted = Counter({int(label): count for label, count in indexed.labels.items()})
+        largest = max(largest, *counted, -1)
+        if job.split == "train":
+            training.update(counted)
+        rows.setdefault(job.split, []).append(Row(**indexed.row))  # type: ignore[arg-type]
+    if names and largest >= len(names):
+        raise InputError(f"--vocabulary: names {len(names)} classes, but the tars have label {largest}")
+    if largest < 0:
+        raise InputError(f"{root}: no sample has a label")
+    vocabulary = list(names) or [str(number) for number in range(largest + 1)]
+    kind: LabelKind = "single" if all(indexed.single for indexed in found) else "multi"
+    write_manifest(root, rows, kind, vocabulary, [training[number] for number in range(len(vocabulary))], origin)

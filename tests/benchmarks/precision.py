@@ -1,0 +1,235 @@
+"""fp32, bf16 autocast over fp32 parameters, and bf16 parameters with an fp32 master copy: accuracy, speed, bytes.
+
+    python tests/benchmarks/precision.py [SEEDS] [--field value ...]
+
+Three measurements. trainer: `coatnet train demo-digits` in the two modes it has. plain: a loop in one process over
+models.coatnet in all three modes, the master copy written here; 200 steps on the same batches, ten steps of each mode
+in turn. coatnet0: one training step at 96 px and 16 pictures on one thread, in turn, because nano's small kernels say
+little of speed. Further words are overrides of demo-digits in the first two.
+"""
+
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from demo_digits import train_digits  # type: ignore[import-not-found]  # the scripts beside this one
+from kept import ROOT, kept, spread  # type: ignore[import-not-found]
+from torch import Tensor, nn
+
+from configs import resolve
+from configs.schema import Model, Norm, Optim, Run
+from data_pipeline import augment
+from data_pipeline.manifest import Dataset, open_dataset
+from data_pipeline.order import Order
+from data_pipeline.stream import heldout_loader, train_loader
+from models import norm
+from trainer import bench, environment, network
+from trainer.cli_config import resolve_command
+from trainer.loss import loss_function
+from trainer.optim import adamw, learning_rate, parameter_groups
+
+MODES = ("fp32", "autocast", "master")
+TRAINER = {"fp32": "fp32", "autocast": "bf16"}  # the trainer's words for the modes it has
+STEPS, CHUNK = 200, 10  # of the plain loop; steps of one mode in a row
+LARGE = (96, 16, 5)  # pixels, pictures, rounds
+
+
+class Training:
+    """One network in training in one of MODES.
+
+    Attributes:
+        weights: fp32, what AdamW moves: the parameters themselves, or with `master` the copy of them.
+        saved_bytes: of the activations that the last forward pass kept for its backward pass.
+    """
+
+    def __init__(self, run: Run, classes: int, mode: str) -> None:
+        self.run, self.mode = run, mode
+        self.model = network.bare(run, classes, torch.device("cpu")).to(memory_format=torch.channels_last).train()
+        norm.configure(self.model, group=run.norm.replica_batch)
+        named = dict(self.model.named_parameters())
+        if mode == "master":
+            self.weights = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}
+            for parameter in named.values():
+                parameter.data = parameter.data.bfloat16()  # BatchNorm's running statistics stay fp32
+        else:
+            self.weights = named
+        groups = parameter_groups(self.weights.items(), run.optim.weight_decay)
+        self.optimizer = adamw(groups, run.optim, torch.device("cpu"))
+        self.loss_of = loss_function(run.optim.loss)
+        self.saved_bytes = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits, fp32."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast", cache_enabled=False):
+            logits: Tensor = self.model(images.bfloat16() if self.mode == "master" else images)
+        return logits.float()
+
+    def step(self, images: Tensor, wanted: Tensor, rate: float) -> None:
+        """One update at the learning rate `rate`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.autograd.backward(self.loss_of(self.forward(images), wanted))
+        parameters = dict(self.model.named_parameters())
+        if self.mode == "master":
+            for name, weight in self.weights.items():
+                gradient = parameters[name].grad
+                assert gradient is not None, name
+                weight.grad, parameters[name].grad = gradient.float(), None
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.run.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.mode == "master":
+            for name, weight in self.weights.items():
+                parameters[name].data.copy_(weight.data)
+        norm.commit(self.model)
+
+    def bytes_kept(self, images: Tensor) -> dict[str, float]:
+        """What the mode costs in memory.
+
+        Returns:
+            state: of each parameter itself, its master copy, AdamW's moments and the fp32 gradient that AdamW reads;
+            activations: what a forward pass keeps for its backward pass, parameters not counted.
+        """
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept_storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept_storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = self.forward(images)
+        del logits
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if value.dim()]
+        held = [*self.model.parameters(), *self.weights.values(), *moments]
+        every = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in held}
+        count = sum(weight.numel() for weight in self.weights.values())
+        return {"state": sum(every.values()) / count + 4, "activations": float(sum(kept_storages.values()))}
+
+
+def timed(training: Training, work: list[tuple[Tensor, Tensor, float]]) -> float:
+    """Seconds per step of `training` over (images, targets, learning rate) of each step."""
+    began = time.perf_counter()
+    for images, wanted, rate in work:
+        training.step(images, wanted, rate)
+    return (time.perf_counter() - began) / len(work)
+
+
+def prepared(run: Run, dataset: Dataset) -> Callable[[int], list[tuple[Tensor, Tensor, float]]]:
+    """A function that gives the run's next so many steps, as `timed` wants them."""
+    split, batch = dataset.split("train"), run.data.global_batch
+    order = Order(split.counts, seed=run.seed, block=batch, lanes=run.data.lanes, piece=run.data.piece)
+    batches = enumerate(train_loader(dataset, run, order, [(0, batch)], 0, run.optim.steps))
+
+    def take(count: int) -> list[tuple[Tensor, Tensor, float]]:
+        found = []
+        for _ in range(count):
+            step, one = next(batches)
+            images = augment.prepare(one, run.augment, torch.float32, run.precision.channels_last)
+            wanted = augment.targets(one, dataset.classes, run.optim.label_smoothing, run.optim.loss)
+            rate = learning_rate(run.optim, step, run.optim.steps, run.optim.warmup_steps)
+            found.append((images, wanted, rate))
+        return found
+
+    return take
+
+
+@torch.no_grad()
+def top1(training: Training, dataset: Dataset) -> float:
+    """Share of the held-out pictures whose highest logit is their label."""
+    run, hits, samples = training.run, 0, 0
+    training.model.eval()
+    for batch in heldout_loader(dataset, "heldout", run, 0, 1):
+        images = augment.prepare(batch, run.augment, torch.float32, run.precision.channels_last)
+        right = training.forward(images).argmax(1) == batch.labels
+        hits, samples = hits + int(right[batch.valid_B].sum()), samples + int(batch.valid_B.sum())
+    return hits / samples
+
+
+def plain(run: Run) -> dict[str, float]:
+    """Train all modes on the same batches in turn; per mode top-1 and the median seconds per step."""
+    torch.set_num_threads(1)
+    dataset = open_dataset(run.data.path)
+    trainings = {mode: Training(run, dataset.classes, mode) for mode in MODES}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    take = prepared(run, dataset)
+    for number in range(run.optim.steps // CHUNK):
+        work = take(CHUNK)
+        for place in range(len(MODES)):
+            mode = MODES[(number + place) % len(MODES)]
+            seconds[mode].append(timed(trainings[mode], work))
+    found = {f"{mode} top-1": top1(training, dataset) for mode, training in trainings.items()}
+    return found | {f"{mode} seconds per step": statistics.median(values) for mode, values in seconds.items()}
+
+
+def large() -> dict[str, list[float]]:
+    """coatnet0 in all modes: seconds per step of each round, bytes per parameter, bytes of kept activations."""
+    torch.set_num_threads(1)
+    pixels, pictures, rounds = LARGE
+    run = Run(model=Model(name="coatnet0", resolution=pixels), norm=Norm(replica_batch=pictures), optim=Optim(lr=1e-4))
+    images = torch.randn(pictures, 3, pixels, pixels).to(memory_format=torch.channels_last)
+    wanted = torch.full((pictures, 1000), 1e-3)
+    trainings = {mode: Training(run, 1000, mode) for mode in MODES}
+    cases = {mode: functools.partial(timed, training, [(images, wanted, 1e-4)]) for mode, training in trainings.items()}
+    bench.alternate(cases, 1)
+    found = {f"coatnet0 {mode} seconds per step": v for mode, v in bench.alternate(cases, rounds).items()}
+    for mode, training in trainings.items():
+        for name, value in training.bytes_kept(images).items():
+            found[f"coatnet0 {mode} bytes of {name}"] = [value]
+    return found
+
+
+def summarise(samples: dict[str, list[float]]) -> dict[str, str]:
+    """What a reader wants to know of each measurement."""
+    summary = {}
+    for mode in TRAINER:
+        speed = statistics.median(samples[f"trainer {mode} images/s"])
+        summary[f"trainer, {mode}"] = f"top-1 {spread(samples[f'trainer {mode} top-1'])}, {speed:.0f} images/s"
+    for mode in MODES:
+        nano = bench.median_ratio(samples["plain fp32 seconds per step"], samples[f"plain {mode} seconds per step"])
+        both = (samples[f"coatnet0 {name} seconds per step"] for name in ("fp32", mode))
+        state, kept_bytes = (samples[f"coatnet0 {mode} bytes of {name}"][0] for name in ("state", "activations"))
+        summary[f"plain, {mode}"] = (
+            f"top-1 {spread(samples[f'plain {mode} top-1'])}, speed over fp32 {nano:.2f}x (nano), "
+            f"{bench.median_ratio(*both):.2f}x (coatnet0), {state:.0f} bytes of state a parameter, "
+            f"{kept_bytes / 1e6:.0f} MB of activations (coatnet0)"
+        )
+    return summary
+
+
+def main(seeds: int, words: list[str]) -> None:
+    """Measure all three; print and write the record."""
+    given = ["--data.path", str(ROOT / "data/digits"), *words]
+    samples: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        for mode in TRAINER if seed % 2 == 0 else reversed(TRAINER):
+            more = ["--precision.dtype", TRAINER[mode], "--tracking.no-mlflow", *words]
+            run = resolve_command("demo-digits", [*given, *more, "--seed", str(seed)])
+            found = kept(f"precision-trainer-{mode}", run, functools.partial(train_digits, seed, *more))
+            for figure in ("top-1", "images/s"):
+                samples.setdefault(f"trainer {mode} {figure}", []).append(found[figure])
+        run = resolve_command("demo-digits", [*given, "--seed", str(seed)])
+        run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, steps=min(STEPS, run.optim.steps)))
+        for figure, value in kept("precision-plain", run, functools.partial(plain, run)).items():
+            samples.setdefault(f"plain {figure}", []).append(value)
+    samples |= large()
+    record = bench.Record(
+        name="precision",
+        command=" ".join(["python tests/benchmarks/precision.py", str(seeds), *words]),
+        facts=environment.facts("cpu"),
+        config=resolve.flat(resolve_command("demo-digits", given)) | {"plain.steps": STEPS, "coatnet0": LARGE},
+        unit="share of held-out pictures, images/s, seconds, bytes; one value per seed, for coatnet0 per round",
+        samples=samples,
+        summary=summarise(samples),
+    )
+    print(record.write(ROOT / "tests" / "records"))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2:])
