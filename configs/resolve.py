@@ -104,6 +104,11 @@ def check(run: Run) -> None:
             "parallel.recompute = 'selective': cuts inside blocks, which parallel.compile makes one piece of; nearest "
             "valid: parallel.recompute full"
         )
+    if run.model.drop_path_group and run.model.drop_path * run.model.drop_path_group <= 0.5:
+        raise InputError(
+            f"model.drop_path_group = {run.model.drop_path_group}: at model.drop_path = {run.model.drop_path} no sample "
+            f"of so small a group would ever drop; nearest valid: 0"
+        )
     if run.model.drop_path_group and run.data.global_batch % run.model.drop_path_group:
         nearest = math.gcd(run.model.drop_path_group, run.data.global_batch)
         raise InputError(

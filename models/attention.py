@@ -3,7 +3,6 @@
 B: samples, N: tokens, H: attention heads, D: head size, C: channels.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -161,8 +160,11 @@ def _flex_kernel(compiled: bool) -> Callable[..., Any]:
     """torch's function, compiled where it is meant to be; uncompiled it writes the matrix of weights."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # its advice to compile, where that is not wanted
-    return cast(Callable[..., Any], torch.compile(flex_attention, dynamic=False) if compiled else flex_attention)
+    if not compiled:
+        return cast(Callable[..., Any], flex_attention)
+    # Each grid, batch size and gradient mode is a compilation; beyond its limit torch falls back to the matrix.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class RelativeAttention(nn.Module):

@@ -4,6 +4,7 @@ B: samples, S: sub-layers that stochastic depth may drop, K: classes.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -63,7 +64,7 @@ class CoAtNet(nn.Module):
         Raises:
             ValueError: pictures or factors of another size than the network's.
         """
-        *_, (_, logits_BK) = self._outputs(x_BCHW, drop_SB, run)
+        ((_, logits_BK),) = deque(self._outputs(x_BCHW, drop_SB, run), maxlen=1)  # keeps no other output alive
         return logits_BK
 
     def forward_features(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, run: RunBlock | None = None) -> Tensor:

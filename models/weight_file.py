@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], fo
     aside = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        usual = stat.S_IMODE(aside.stat().st_mode)
         save_file(dict(tensors), aside, metadata)
+        aside.chmod(usual)  # safetensors lets nobody but the owner read
         os.replace(aside, file)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from configs import schema
 from configs.errors import InputError
 from models import coatnet, cost, norm, spec, timm_names
 from models.activations import Device, Dtype, Recompute, activations
@@ -175,6 +176,7 @@ def check(settings: Settings) -> None:
     """
     found = settings.spec
     found.size(settings.resolution)
+    spec.of(schema.Model(name=settings.name, stride=settings.stride or "auto"))
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device on this machine; nearest valid: cpu")
     if not settings.against_timm:

@@ -23,15 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.errors import InputError
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
+from trainer.durable import FORMAT, manifest_files, save_tensors, sync, sync_and_measure, verify
 from trainer.ema import AVERAGE, running_statistics
-
-FORMAT = 1
 
 
 class CheckpointError(InputError):
@@ -110,11 +108,11 @@ def newest(root: Path, member: Member, say: Any = print) -> Saved | None:
 
 def damage(path: Path, rank: int = 0, world: int = 1) -> str:
     """What is wrong with a checkpoint's files, or nothing; of `world` callers each reads its share."""
-    files = _manifest_files(path)
+    files = manifest_files(path)
     if isinstance(files, str):
         return files
     mine = sorted(files)[rank::world]
-    return next((bad for name in mine if (bad := _verify(path / name, *files[name]))), "")
+    return next((bad for name in mine if (bad := verify(path / name, *files[name]))), "")
 
 
 def opened(path: Path) -> Saved:
@@ -274,76 +272,29 @@ def _write_files(
         for kind, part in {"value": fragment.value, **fragment.moments}.items():
             kinds.setdefault(kind, []).append(part.detach().cpu())
     tensors = {kind: torch.cat(parts) if parts else torch.empty(0) for kind, parts in kinds.items()}
-    save_file(tensors, aside / f"{stem}.safetensors")
+    save_tensors(tensors, aside / f"{stem}.safetensors")
     intervals = [[part.name, part.offset, part.value.numel()] for part in fragments]
     (aside / f"{stem}.json").write_text(json.dumps(intervals))
     names = [f"{stem}.safetensors", f"{stem}.json"]
     if member.first:
         kept = {name: buffer.detach().cpu().contiguous() for name, buffer in buffers.items()}
-        save_file(kept, aside / "buffers.safetensors")
+        save_tensors(kept, aside / "buffers.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
         names += ["buffers.safetensors", "state.json"]
-    return {name: _sync_and_measure(aside / name) for name in names}
+    return {name: sync_and_measure(aside / name) for name in names}
 
 
 def _complete(aside: Path, final: Path, files: dict[str, list[Any]]) -> None:
     """Write the manifest, give the folder its name, then mark it complete."""
     manifest = aside / "manifest.json"
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
-    _sync_and_measure(manifest)
-    _sync(aside)
+    sync_and_measure(manifest)
+    sync(aside)
     shutil.rmtree(final, ignore_errors=True)  # an older, incomplete save of the same step
     os.replace(aside, final)
-    _sync(final.parent)
+    sync(final.parent)
     mark = final / "COMPLETE.tmp"
     mark.write_text(hashlib.sha256((final / "manifest.json").read_bytes()).hexdigest())
-    _sync(mark)
+    sync(mark)
     os.replace(mark, final / "COMPLETE")
-    _sync(final)
-
-
-def _sync_and_measure(path: Path) -> list[Any]:
-    """Force a file to disk; returns [bytes, sha256]."""
-    _sync(path)
-    return [path.stat().st_size, _sha256(path)]
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _manifest_files(path: Path) -> dict[str, tuple[int, str]] | str:
-    """The files that the manifest lists, or what is wrong with it."""
-    try:
-        text = (path / "manifest.json").read_bytes()
-        if (path / "COMPLETE").read_text() != hashlib.sha256(text).hexdigest():
-            return "manifest.json is not the one that COMPLETE names"
-        content = json.loads(text)
-        if content["format"] != FORMAT:
-            return f"format {content['format']}, this program reads {FORMAT}"
-        files = {Path(name).name: (int(size), str(sha)) for name, (size, sha) in content["files"].items()}
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing: the save was interrupted"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
-    return files
-
-
-def _verify(path: Path, size: int, sha256: str) -> str:
-    """What is wrong with one file, or nothing."""
-    try:
-        if path.stat().st_size != size:
-            return f"{path.name} has {path.stat().st_size} bytes, {size} were written"
-        return "" if _sha256(path) == sha256 else f"{path.name} does not have the bytes that were written (sha256)"
-    except OSError as error:
-        return f"{path.name}: {error}"
+    sync(final)

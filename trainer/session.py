@@ -11,6 +11,7 @@ from configs import resolve
 from configs.schema import Run
 from data_pipeline import damage
 from data_pipeline.manifest import Dataset, Split
+from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
 from data_pipeline.stream import heldout_loader
 from trainer import checkpoint, environment
@@ -43,7 +44,7 @@ class Session:
     member: Member
     dataset: Dataset
     split: Split
-    order: Order
+    order: Order | Mixture
     engine: Engine
     ledger: Ledger
     meter: Meter

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from models import card as cards
-from models import coatnet, interop, spec
+from models import coatnet, hub_folder, interop, spec
 from models.card import Card, Preprocessing
 from models.compare import check_fit
 from models.interop import Weights
@@ -122,6 +122,28 @@ def test_what_is_there_is_not_replaced_unasked(stored: Path) -> None:
     assert stored.read_bytes() != content
 
 
+@pytest.mark.parametrize("ending", [".bin", ".pth"])
+def test_no_file_is_written_that_would_be_refused_as_a_pickle(ending: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"{ending} is a pickle's; nearest valid: .*nano.safetensors"):
+        interop.write(tmp_path / f"nano{ending}", weights_of())
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_may_be_read_by_whom_other_files_may(stored: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert stored.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_folder_keeps_its_weights_if_the_new_ones_are_not_finite(tmp_path: Path) -> None:
+    hub_folder.write(tmp_path, weights_of())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    weights = weights_of(seed=1)
+    bad = Weights(weights.card, {**weights.tensors, WEIGHT: weights.tensors[WEIGHT] * float("nan")})
+    with pytest.raises(InputError, match=f"{WEIGHT} has .* not finite"):
+        hub_folder.write(tmp_path, bad, force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "missing": (lambda state: state.pop(WEIGHT), f"has no tensor {WEIGHT}"),
     "extra": (lambda state: state.update(stray=torch.zeros(1)), "tensor stray belongs to no coatnet-nano"),
@@ -212,6 +234,10 @@ def test_other_files_are_refused_with_what_to_do(stored: Path, tmp_path: Path) -
         interop.read(tmp_path / "folder")
     with pytest.raises(InputError, match="no such file"):
         interop.read(tmp_path / "nothing.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=r"run: is a run folder; `coatnet export .*run` writes its weights"):
+        interop.read(tmp_path / "run")
 
 
 def test_a_fresh_classifier_replaces_the_old_and_nothing_else(stored: Path) -> None:

@@ -195,6 +195,8 @@ def test_the_real_road_trains_it(words: list[str], repository: Path, tmp_path: P
         (Model(name="ViT_rel", conv_norm="layer"), "model.conv_norm = 'layer': ViT_rel has no mbconv blocks"),
         (Model(name="ViT_rel", stride="depthwise"), "model.stride = 'depthwise': ViT_rel has no mbconv blocks"),
         (Model(name="C-C-C-C", head_size=64), "model.head_size = 64: C-C-C-C has no transformer blocks"),
+        (Model(name="C-C-C-C", attention="sdpa"), "model.attention = 'sdpa': C-C-C-C has no transformer blocks"),
+        (Model(name="C-C-C-C", bias_lookup="einsum"), "model.bias_lookup = 'einsum': C-C-C-C has no transformer"),
     ],
 )
 def test_a_setting_without_effect_is_refused(model: Model, said: str) -> None:

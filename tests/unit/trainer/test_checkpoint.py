@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer import checkpoint
+from trainer import checkpoint, durable
 from trainer.checkpoint import CheckpointError, SaveError
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
@@ -175,6 +175,6 @@ def test_manifest_cannot_point_outside(tmp_path: Path, member: Member) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../outside"] = manifest["files"].pop("state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "COMPLETE").write_text(checkpoint._sha256(folder / "manifest.json"))
+    (folder / "COMPLETE").write_text(durable.sha256(folder / "manifest.json"))
     os.chmod(folder, 0o755)
     assert checkpoint.newest(tmp_path, member) is None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs import resolve
 from configs.errors import InputError
-from configs.schema import Run
+from configs.schema import Init, Run
 from data_pipeline.synthetic import synthetic_dataset
 from models import interop, spec
 from models.card import Preprocessing
@@ -293,3 +293,25 @@ def test_a_run_with_a_checkpoint_of_its_own_needs_no_weights(folder: Path, tmp_p
     with pytest.raises(InputError, match="no run folder and no file"):
         warm_start.check(run, DATASET)
     warm_start.check(replace(run, name="nano"), DATASET)
+
+
+@pytest.mark.parametrize(("init", "message"), [
+    (Init(head="reset"), "init.head = 'reset': init.path names no weights; nearest valid: 'keep'"),
+    (Init(weights="ema"), "init.weights = 'ema': init.path names no weights; nearest valid: 'auto'"),
+])  # fmt: skip
+def test_settings_of_weights_without_weights_are_refused(init: Init, message: str, tmp_path: Path) -> None:
+    run = replace(run_of("alone", tmp_path / "runs"), init=init)
+    with pytest.raises(InputError, match=message):
+        warm_start.check(run, DATASET)
+    warm_start.check(replace(run, init=Init()), DATASET)
+
+
+def test_made_up_pictures_check_the_speed_of_weights_with_other_class_names(folder: Path, tmp_path: Path) -> None:
+    run = starting(folder, tmp_path / "runs")
+    renamed = replace(DATASET, vocabulary=tuple(f"another {name}" for name in DATASET.vocabulary))
+    real = replace(run, data=replace(run.data, synthetic=False))
+    with pytest.raises(InputError, match="knows other classes"):
+        warm_start.check(real, renamed)
+    warm_start.check(replace(run, data=replace(run.data, synthetic=True)), renamed)
+    with pytest.raises(InputError, match="3 classes, 4 are wanted"):
+        warm_start.check(replace(run, data=replace(run.data, synthetic=True)), synthetic_dataset(4))
