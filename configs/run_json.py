@@ -16,6 +16,7 @@ from configs.schema import Run
 # What `digest` leaves out: labels, places and processes. Everything else counts, because it changes the samples, the
 # arithmetic or the layout, or (checkpoint, evaluate) when the run's state is taken and judged.
 NOT_HASHED = ("recipe", "name", "runs", "tracking", "cluster")
+NOT_HASHED += ("data.cache", "data.cache_bytes", "data.fetch_retries", "data.pipe")
 
 
 def flat(run: Run) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def diff(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
 
 def digest(run: Run) -> str:
     """A hash of what the run trains: 12 hex digits of sha256 over its canonical JSON, without NOT_HASHED."""
-    content = {field: value for field, value in flat(run).items() if field.split(".")[0] not in NOT_HASHED}
+    content = {field: value for field, value in flat(run).items() if not {field, field.split(".")[0]} & set(NOT_HASHED)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -165,9 +165,7 @@ class Cache:
                 if stamp != seen:
                     seen, since = stamp, time.monotonic()
                 elif time.monotonic() - since > STALLED:
-                    raise StoreError(
-                        f"{url}: another process has been fetching it into {path} for {STALLED:g} s in vain"
-                    )
+                    raise StoreError(f"{url}: a process that fetches it into {path} has not got on for {STALLED:g} s")
                 time.sleep(POLL)
             yield descriptor if _is(descriptor, path) else None
         finally:

@@ -86,8 +86,8 @@ def members(data: bytes) -> Iterator[Member]:
     Raises:
         Damage: see the module's docstring.
     """
-    begin, long_name = 0, ""
-    records: dict[str, str] = {}
+    begin = 0
+    records: dict[str, str] = {}  # what an extended header says of the member behind it
     for _ in range(2 * MAX_MEMBERS):
         if begin >= len(data):
             break
@@ -102,15 +102,17 @@ def members(data: bytes) -> Iterator[Member]:
         if begin > len(data):
             raise Damage(f"not readable as tar members: {stored!r} of {size} bytes ends outside of its sample")
         if kind in (b"L", b"x"):
-            if size > MAX_NAME_BYTES or long_name or records:
+            if size > MAX_NAME_BYTES or records:
                 raise Damage(f"not readable as tar members: the name of {stored!r} has {size} bytes, or comes twice")
-            if kind == b"L":
-                long_name = _text(data[content : content + size])
+            if kind == b"L":  # GNU's way to say the same
+                records = {"path": _text(data[content : content + size])}
             else:
                 records = _records(data[content : content + size])
+            if records.get("path") == "":
+                raise Damage("not readable as tar members: an empty long name")
             continue
         # Beside a long name, the header's is cut off, be it in the middle of a character.
-        name, long_name, records = records.get("path", long_name) or _text(stored), "", {}
+        name, records = records.get("path") or _text(stored), {}
         if kind == b"5" and not size:
             continue
         if kind not in (b"0", b"\0") or not name or name.endswith("/"):
@@ -118,7 +120,7 @@ def members(data: bytes) -> Iterator[Member]:
         yield Member(name, content, content + size)
     else:
         raise Damage(f"more than {MAX_MEMBERS} members")
-    if long_name or records:
+    if records:
         raise Damage("not readable as tar members: a long name without its member")
 
 

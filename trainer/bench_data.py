@@ -112,7 +112,7 @@ def _jpeg(number: int) -> bytes:
     for octave in range(7):
         noise = draws.integers(0, 256, (3 * 2**octave, 4 * 2**octave, 3), dtype=np.uint8)
         layer = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-        pixels += (np.asarray(layer) - 127.5) * 0.6**octave
+        pixels += (np.asarray(layer) - 127.5) * 0.69**octave
     file = io.BytesIO()
     Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()

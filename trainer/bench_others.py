@@ -10,6 +10,7 @@ import torchvision
 import webdataset
 from torchvision.transforms import v2
 
+from configs.errors import InputError
 from configs.schema import Augment
 from data_pipeline.manifest import Dataset
 from data_pipeline.shard import OpenShards
@@ -73,4 +74,25 @@ def plain_webdataset(feed: Feed) -> Callable[[], object]:
     return lambda: drain(webdataset.WebDataset(paths, shardshuffle=False).map(view), len(feed.pictures))
 
 
-OTHERS: dict[str, Callable[[Feed], Callable[[], object]]] = {"webdataset": plain_webdataset}
+def mosaicml(feed: Feed) -> Callable[[], object]:
+    """MosaicML's streaming, over the same pictures written in its own format, one after the other.
+
+    Raises:
+        InputError: the package is missing.
+    """
+    try:
+        import streaming
+    except ImportError as error:
+        raise InputError(
+            f"--against mosaicml: {error}; pip install mosaicml-streaming, into an environment of its own since it "
+            f"asks for an old numpy"
+        ) from None
+    folder, crop = str(feed.folder / "mosaicml"), random_crop(feed.resolution)
+    with streaming.MDSWriter(out=folder, columns={"picture": "bytes", "label": "int"}) as writer:
+        for number, picture in enumerate(feed.pictures):
+            writer.write({"picture": picture, "label": number})
+    samples = streaming.StreamingDataset(local=folder, shuffle=False, batch_size=BATCH)
+    return lambda: drain(((crop(decoded(found["picture"])), found["label"]) for found in samples), len(feed.pictures))
+
+
+OTHERS: dict[str, Callable[[Feed], Callable[[], object]]] = {"webdataset": plain_webdataset, "mosaicml": mosaicml}

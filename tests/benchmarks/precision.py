@@ -43,7 +43,6 @@ class Training:
 
     Attributes:
         weights: fp32, what AdamW moves: the parameters themselves, or with `master` the copy of them.
-        saved_bytes: of the activations that the last forward pass kept for its backward pass.
     """
 
     def __init__(self, run: Run, classes: int, mode: str) -> None:
@@ -60,7 +59,6 @@ class Training:
         groups = parameter_groups(self.weights.items(), run.optim.weight_decay)
         self.optimizer = adamw(groups, run.optim, torch.device("cpu"))
         self.loss_of = loss_function(run.optim.loss)
-        self.saved_bytes = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits, fp32."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -234,9 +235,27 @@ def test_a_holder_that_is_stuck_is_given_up(split: Split, tmp_path: Path, monkey
     row = split.rows[0]
     with open(tmp_path / f"{row.sha256}-{row.bytes}.part", "wb") as part:
         fcntl.flock(part, fcntl.LOCK_EX)
-        with pytest.raises(StoreError, match="another process has been fetching it"):
+        with pytest.raises(StoreError, match=r"a process that fetches it into .* has not got on"):
             shard_of(Cache(str(tmp_path), 10**9, HASTY), split, 0)
     assert shard_of(Cache(str(tmp_path), 10**9, HASTY), split, 0)  # its lock went with it
+
+
+def test_who_waits_for_a_transfer_does_not_wait_for_its_readers(split: Split, tmp_path: Path) -> None:
+    row, cache = split.rows[0], Cache(str(tmp_path), 10**9, HASTY)
+    with open(tmp_path / f"{row.sha256}-{row.bytes}.part", "wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        found: list[str] = []
+        waiting = threading.Thread(target=lambda: found.append(shard_of(cache, split, 0)), daemon=True)
+        waiting.start()
+        time.sleep(0.2)
+        assert not found
+        part.write(Path(split.shard_paths[0]).read_bytes())
+        part.flush()
+        shutil.copy(sidecar_path(split.shard_paths[0]), tmp_path / f"{row.sha256}.idx")
+        os.rename(part.name, tmp_path / f"{row.sha256}.tar")
+        fcntl.flock(part, fcntl.LOCK_SH)  # as a reader that keeps it open
+        waiting.join(10)
+        assert found == [str(tmp_path / f"{row.sha256}.tar")]
 
 
 def test_a_large_folder_is_looked_through_when_it_is_read(

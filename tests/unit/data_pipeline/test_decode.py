@@ -1,16 +1,20 @@
 """Decoding: every colour mode to upright uint8 RGB, and nothing but DataError out of bad bytes."""
 
 import io
+import resource
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from data_pipeline.decode import decode
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Damage, DataError
 
 LIMIT = 10_000
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -140,3 +144,75 @@ def test_damaged_files_give_pixels_or_a_data_error(form: str, cut: int, flips: l
         return
     assert pixels.dtype == torch.uint8
     assert pixels.shape[0] == 3
+
+
+def test_a_png_of_huge_size_is_refused_before_decoding() -> None:
+    data = bytearray(saved(Image.new("L", (8, 8)), "PNG"))
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(Damage, match="60000 x 60000 pixels"):
+        decode(bytes(data), 100_000_000)
+
+
+def test_a_jpeg_of_huge_size_is_refused_before_decoding() -> None:
+    data = bytearray(saved(Image.new("RGB", (8, 8)), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 65_000, 65_000)
+    with pytest.raises(Damage, match="65000 x 65000 pixels"):
+        decode(bytes(data), 100_000_000)
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0"])
+def test_a_jpeg_of_endless_scans_is_refused(exif: bytes) -> None:
+    data = saved(Image.new("RGB", (64, 64), RED), "JPEG", progressive=True, exif=exif)
+    assert decode(data, LIMIT).shape == (3, 64, 64)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(Damage, match=r"picture of \d+ scans: the limit is 100"):
+        decode(data[:-2] + data[last:-2] * 100 + data[-2:], LIMIT)
+
+
+def test_only_the_first_frame_of_an_animation_is_taken() -> None:
+    frames = [Image.new("RGB", (9, 9), WHITE), Image.new("RGB", (9, 9), (0, 0, 255))]
+    data = saved(Image.new("RGB", (9, 9), RED), "WEBP", save_all=True, append_images=frames, lossless=True)
+    assert near(colour(decode(data, LIMIT), 4, 4), RED)
+
+
+def test_no_memory_is_no_damage() -> None:
+    data = saved(Image.new("RGB", (90, 90)), "JPEG")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    big = saved(Image.new("L", (9_000, 9_000)), "PNG")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="no memory to decode") as refusal:
+            decode(big, 10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert not isinstance(refusal.value, Damage)
+    assert decode(data, LIMIT).shape == (3, 90, 90)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (64, 33)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 75},
+        {"quality": 95, "subsampling": 0},
+        {"progressive": True},
+        {"restart_marker_blocks": 1},
+        {"comment": b"words", "dpi": (300, 300)},
+        {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()},
+        {"keep_rgb": True},
+        {"exif": b"Exif\0\0"},
+        {"xmp": b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'},
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_short_way_of_plain_jpegs_leads_to_the_same_pixels(
+    mode: str, options: dict[str, object], size: tuple[int, int]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise).convert(mode), "JPEG", **options)
+    with Image.open(io.BytesIO(data)) as picture:
+        wanted = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    assert np.abs(decode(data, LIMIT).permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
