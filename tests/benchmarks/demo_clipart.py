@@ -1,11 +1,11 @@
 """demo-clipart from several seeds, as a user would train it, beside timm's model and the classes' frequencies.
 
-    python tests/benchmarks/demo_clipart.py [SEEDS] [--field value ...]
+    python tests/benchmarks/demo_clipart.py [SEEDS] [--matched] [--field value ...]
 
 Further words are overrides of every run, ours and timm's: `--optim.steps 40 --optim.warmup-steps 10` for a quick look.
 ours: `coatnet train demo-clipart`, two ranks of one thread. timm and timm-matched: tests/benchmarks/timm_clipart.py,
-one process of two threads and a loader process. frequency: every picture gets the classes in the order of how often
-the training split has them. Results are kept run by run (tests/benchmarks/kept.py).
+one process of two threads and a loader process; timm-matched only with --matched. frequency: every picture gets the
+classes in the order of how often the training split has them. Results are kept run by run (tests/benchmarks/kept.py).
 """
 
 import functools
@@ -69,17 +69,19 @@ def frequency(run: Run) -> tuple[float, float]:
 
 def main(seeds: int, words: list[str]) -> None:
     """Train every case from every seed; print and write the record."""
+    cases = ["ours", *CASES] if "--matched" in words else ["ours", "timm"]
+    words = [word for word in words if word != "--matched"]
     given = ["--data.path", str(ROOT / "data/clipart"), *words]
     run = resolve_command("demo-clipart", given)
     samples: dict[str, list[float]] = {}
-    for case in ("ours", *CASES):  # the case this is about first, so that a chain cut short has it
+    for case in cases:  # the case this is about first, so that a chain cut short has it
         for seed in range(seeds):
             more = [*given, "--seed", str(seed)]
             work = functools.partial(ours, more) if case == "ours" else functools.partial(timm, case, more)
             for figure, value in kept(f"clipart-{case}", resolve_command("demo-clipart", more), work).items():
                 samples.setdefault(f"{case} {figure}", []).append(value)
     summary = {}
-    for case in ("ours", *CASES):
+    for case in cases:
         scores = ", ".join(f"{figure} {spread(samples[f'{case} {figure}'])}" for figure in FIGURES)
         summary[case] = f"{scores}, {statistics.median(samples[f'{case} seconds']):.0f} s"
     first, mean = frequency(run)
