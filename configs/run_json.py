@@ -15,8 +15,10 @@ from configs.schema import Run
 
 # What `digest` leaves out: labels, places and processes. Everything else counts, because it changes the samples, the
 # arithmetic or the layout, or (checkpoint, evaluate) when the run's state is taken and judged.
-NOT_HASHED = ("recipe", "name", "runs", "tracking", "cluster")
-NOT_HASHED += ("data.cache", "data.cache_bytes", "data.fetch_retries", "data.pipe")
+NOT_HASHED = (
+    "recipe", "name", "runs", "tracking", "cluster",
+    "data.cache", "data.cache_bytes", "data.fetch_retries", "data.pipe", "data.damage_budget",
+)  # fmt: skip
 
 
 def flat(run: Run) -> dict[str, Any]:

@@ -96,13 +96,11 @@ def measure(settings: Settings, recipe: Run | None = None) -> bench.Record:
     )
 
 
-def made_up(folder: Path) -> Dataset:
+def made_up(folder: Path, pictures: int = MADE_UP * 5 // 4) -> Dataset:
     """A data set of JPEGs in `folder`: noise of all sizes, the finest the faintest, as in photographs; about 58 KB."""
-    pictures = [
-        Picture(f"made-up/{n:05d}", "jpg", (n % 10,), str(n), partial(_jpeg, n)) for n in range(MADE_UP * 5 // 4)
-    ]
+    made = [Picture(f"made-up/{n:05d}", "jpg", (n % 10,), str(n), partial(_jpeg, n)) for n in range(pictures)]
     vocabulary = [f"class {number}" for number in range(10)]
-    return write_dataset(pictures, folder, vocabulary, "single", {"source": "made up"}, MADE_UP // 4)
+    return write_dataset(made, folder, vocabulary, "single", {"source": "made up"}, MADE_UP // 4)
 
 
 def _jpeg(number: int) -> bytes:

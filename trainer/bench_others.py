@@ -1,5 +1,6 @@
 """How others read, decode and crop the same JPEGs, for `coatnet bench data`: written as their manuals show it."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def mosaicml(feed: Feed) -> Callable[[], object]:
         InputError: the package is missing.
     """
     try:
-        import streaming
+        streaming = importlib.import_module("streaming")
     except ImportError as error:
         raise InputError(
             f"--against mosaicml: {error}; pip install mosaicml-streaming, into an environment of its own since it "

@@ -1,4 +1,4 @@
-"""`coatnet bench model`: the speed and memory of a network's training step on this machine."""
+"""`coatnet bench model`: the speed and memory of a network's training step on this machine; `data`: the pipeline's."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from configs.errors import InputError, unknown
+from trainer import cli_bench_data
 
 if TYPE_CHECKING:
     from models.activations import Device, Dtype, Recompute
@@ -24,7 +25,9 @@ made-up batch. Several dtypes and kinds of recomputation are alternated round by
 --recompute     none, selective, full: one or more; bytes held for the backward pass are measured for each
 --rounds        measured steps of each case; ratios are medians over the rounds
 --threads       of torch on a CPU. With 1 a step is timed by the process's CPU time, else by the clock
---out FOLDER    write a record there, such as model-coatnet0-bf16-expansion.json"""
+--out FOLDER    write a record there, such as model-coatnet0-bf16-expansion.json
+
+`coatnet bench data --help`: the same of the data pipeline."""
 
 CHOICES = {
     "--against": ("timm",),
@@ -39,12 +42,14 @@ KNOWN = (*CHOICES, *NUMBERS, "--out", "--json")
 
 
 def bench_command(arguments: list[str]) -> int:
-    """`coatnet bench model ...`: returns the exit code."""
+    """`coatnet bench model|data ...`: returns the exit code."""
+    if arguments[:1] == ["data"]:
+        return cli_bench_data.bench_data_command(arguments[1:])
     if not arguments or "-h" in arguments or "--help" in arguments:
         sys.stdout.write(USAGE + "\n")
         return 0
     if arguments[0] != "model":
-        raise unknown("bench command", arguments[0], ("model",))
+        raise unknown("bench command", arguments[0], ("model", "data"))
     name, options = parse(arguments[1:])
     from trainer.bench_model import Settings, measure
 

@@ -29,6 +29,8 @@ FREE = (
     "data.cache",
     "data.cache_bytes",
     "data.fetch_retries",
+    "data.on_damage",
+    "data.damage_budget",
     "data.pipe",
     "parallel.",
     "checkpoint.",
