@@ -25,6 +25,7 @@ FREE = (
     "runs",
     "steps",
     "data.path",
+    "data.mixture",
     "data.workers",
     "data.cache",
     "data.cache_bytes",
@@ -143,7 +144,7 @@ def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Da
     split = dataset.split("train")
     if split.samples < run.data.global_batch:
         raise InputError(
-            f"data.global_batch = {run.data.global_batch}: the training split of {run.data.path} has "
+            f"data.global_batch = {run.data.global_batch}: the training split of {dataset.root} has "
             f"{split.samples} samples; nearest valid: {split.samples}"
         )
     warmup, steps = resolve.warmup(run, split.samples), resolve.total_steps(run, split.samples)

@@ -35,7 +35,7 @@ def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available
             f"{flops:.4g} model FLOPs, {flops / (86400 * P_REF * U_REF):.4g} TPUv3-core-days at {U_REF:.0%} of peak"
         ),
         "data": (
-            f"{run.data.path or 'synthetic'}: {dataset.classes} classes, {dataset.label_kind} labels; "
+            f"{dataset.root}: {dataset.classes} classes, {dataset.label_kind} labels; "
             f"{split.samples:,} training samples in {len(split.counts):,} shards, "
             f"{dataset.split('heldout').samples:,} held out; fingerprint {split.fingerprint[:12]}"
         ),

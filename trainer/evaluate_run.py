@@ -30,7 +30,7 @@ def evaluate_run(folder: Path) -> dict[str, float]:
         raise InputError(f"{folder}/checkpoints: no checkpoint that verifies; `coatnet train` writes them")
     dataset = open_data(run)
     if list(dataset.vocabulary) != saved.state["vocabulary"]:
-        raise InputError(f"{run.data.path}: has other classes than the data {folder} was trained on")
+        raise InputError(f"{dataset.root}: has other classes than the data {folder} was trained on")
     model = network.bare(run, dataset.classes, member.device)
     scores = {"step": float(saved.step)}
     for prefix in ("eval", "eval_ema") if run.optim.ema else ("eval",):

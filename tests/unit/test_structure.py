@@ -20,7 +20,8 @@ ALLOWED = {
 CODE = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 ALL = CODE + sorted((ROOT / "tests").rglob("*.py"))
 TORCH_FREE = ["models", "models.design", "models.spec", "models.cost", "models.activations", "models.card"]
-TORCH_FREE += ["data_pipeline", "data_pipeline.order", "trainer.cli_build", "trainer.cli_bench", "trainer.cli_weights"]
+TORCH_FREE += [f"data_pipeline.{name}" for name in ("order", "mixture", "merge", "rows", "permutation")]
+TORCH_FREE += ["data_pipeline", "trainer.cli_order", "trainer.cli_build", "trainer.cli_bench", "trainer.cli_weights"]
 TORCH_FREE += ["trainer", "trainer.plan", "trainer.cli", "trainer.cli_config", "trainer.cli_train", "trainer.cli_data"]
 
 
