@@ -167,6 +167,7 @@ def read_rows(data: bytes, index: str) -> Rows:
         table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         if table.schema.remove_metadata() != SCHEMA:
             raise DataError(f"{index}: columns must be {', '.join(str(field) for field in SCHEMA)}")
+        table.validate(full=True)  # names that are not UTF-8, lengths that do not fit
         rows = Rows(table)
         pa.default_memory_pool().release_unused()  # twice as much as the rows take
         return rows
