@@ -106,8 +106,8 @@ def check(run: Run) -> None:
         )
     if run.model.drop_path_group and run.model.drop_path * run.model.drop_path_group <= 0.5:
         raise InputError(
-            f"model.drop_path_group = {run.model.drop_path_group}: at model.drop_path = {run.model.drop_path} no sample "
-            f"of so small a group would ever drop; nearest valid: 0"
+            f"model.drop_path_group = {run.model.drop_path_group}: at model.drop_path = {run.model.drop_path} no "
+            f"sample of so small a group would ever drop; nearest valid: 0"
         )
     if run.model.drop_path_group and run.data.global_batch % run.model.drop_path_group:
         nearest = math.gcd(run.model.drop_path_group, run.data.global_batch)

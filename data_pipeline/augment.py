@@ -91,13 +91,14 @@ def draw_mixing(seeds: Sequence[int], size: int, augment: Augment) -> tuple[torc
 
 def prepare(batch: Batch, augment: Augment, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """The network's input, (B, 3, H, W) of `dtype`: normalised and mixed in float32 on the batch's device."""
-    x_BCHW = batch.images_BCHW
-    mean_C11, std_C11 = _colour_statistics(augment.mean, augment.std, x_BCHW.device)
-    x_BCHW = (x_BCHW.float() - mean_C11) / std_C11
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    mean_C11, std_C11 = _colour_statistics(augment.mean, augment.std, batch.images_BCHW.device)
+    x_BCHW = batch.images_BCHW.to(torch.float32, memory_format=layout)  # a copy, so that the rest may be in place
+    x_BCHW.sub_(mean_C11).div_(std_C11)
     if batch.kept_B is not None and batch.boxes_B4 is not None:
         share_B1HW = _own_share(batch.kept_B, batch.boxes_B4, x_BCHW.shape[-2], x_BCHW.shape[-1])
         x_BCHW = x_BCHW * share_B1HW + _swap_pairs(x_BCHW) * (1 - share_B1HW)
-    return x_BCHW.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x_BCHW.to(dtype, memory_format=layout)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from PIL import Image
 
 from configs.errors import InputError
 from configs.schema import Cluster, Data, Model, Run
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.decode import decode
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.order import Order

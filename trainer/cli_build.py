@@ -7,8 +7,8 @@ from configs.errors import InputError
 from trainer.cli_data import MANY, parse, whole
 
 if TYPE_CHECKING:
+    from data_pipeline.building.plan import Options
     from data_pipeline.manifest import Dataset
-    from data_pipeline.plan import Options
 
 USAGE = """usage: coatnet data build SOURCE --out DIR [--workers N] [options]
        coatnet data plan SOURCE --out DIR --tasks T [--workers N] [options]
@@ -65,7 +65,7 @@ def _build(arguments: list[str]) -> int:
     """`coatnet data build SOURCE --out DIR`: plan, run and merge in local processes."""
     options = parse(arguments, OPTIONS | {"--out": 1, "--workers": 1}, places=1)
     source, out = _place(options, "build", "SOURCE"), _out(options, "build")
-    from data_pipeline import tasks
+    from data_pipeline.building import tasks
 
     dataset = tasks.build(source, out, _made_of(options), whole(options, "--workers", 1), _tell)
     print(_described(out, dataset))
@@ -76,7 +76,7 @@ def _plan(arguments: list[str]) -> int:
     """`coatnet data plan SOURCE --out DIR --tasks T`."""
     options = parse(arguments, OPTIONS | {"--out": 1, "--workers": 1, "--tasks": 1}, places=1)
     source, out = _place(options, "plan", "SOURCE"), _out(options, "plan")
-    from data_pipeline import plan
+    from data_pipeline.building import plan
     from data_pipeline.manifest import Dataset
 
     tasks = whole(options, "--tasks", 0)
@@ -97,7 +97,7 @@ def _run(arguments: list[str]) -> int:
     out = _place(options, "run", "DIR")
     if "--task" not in options:
         raise InputError("coatnet data run: --task I is missing: the number of the task to do")
-    from data_pipeline import tasks
+    from data_pipeline.building import tasks
 
     print(f"{out}: task {tasks.run(out, whole(options, '--task', 0))} done")
     return 0
@@ -106,7 +106,7 @@ def _run(arguments: list[str]) -> int:
 def _merge(arguments: list[str]) -> int:
     """`coatnet data merge DIR`."""
     out = _place(parse(arguments, {}, places=1), "merge", "DIR")
-    from data_pipeline import tasks
+    from data_pipeline.building import tasks
 
     print(_described(out, tasks.merge(out)))
     return 0
@@ -117,7 +117,7 @@ def _adopt(arguments: list[str]) -> int:
     known = {"--out": 1, "--heldout": MANY, "--vocabulary": 1, "--workers": 1}
     options = parse(arguments, known, places=MANY)
     out = _out(options, "adopt")
-    from data_pipeline import adopt
+    from data_pipeline.building import adopt
 
     vocabulary, workers = options.get("--vocabulary", [""])[0], whole(options, "--workers", 1)
     dataset = adopt.adopt(options[""], out, options.get("--heldout", []), vocabulary, workers, _tell)
@@ -131,8 +131,8 @@ def _made_of(options: dict[str, list[str]]) -> "Options":
     Raises:
         InputError: a number or a column of another form.
     """
-    from data_pipeline.plan import SHARD, Options
-    from data_pipeline.sources import Reading
+    from data_pipeline.building.plan import SHARD, Options
+    from data_pipeline.building.sources import Reading
 
     def word(name: str, default: str = "") -> str:
         return options.get(name, [default])[0]

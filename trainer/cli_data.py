@@ -56,7 +56,7 @@ def data_command(arguments: list[str]) -> int:
 
 def _demo(arguments: list[str]) -> int:
     """`coatnet data demo --out DIR [--source digits | clipart [PATH] | folder PATH]`."""
-    from data_pipeline import demo
+    from data_pipeline.building import demo
 
     options = parse(arguments, {"--out": 1, "--source": 2, "--short-side": 1, "--skip-unreadable": 0})
     skip = "--skip-unreadable" in options
@@ -93,7 +93,7 @@ def _built(name: str) -> Callable[[list[str]], int]:
 
 def _verify(arguments: list[str]) -> int:
     """`coatnet data verify DIR [--deep] [--workers N] [--quarantine FILE] [--json]`."""
-    from data_pipeline import verify
+    from data_pipeline.building import verify
 
     options = parse(arguments, {"--deep": 0, "--json": 0, "--workers": 1, "--quarantine": 1}, places=1)
     if not options[""]:

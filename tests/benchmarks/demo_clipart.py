@@ -70,8 +70,7 @@ def frequency(run: Run) -> tuple[float, float]:
 def main(seeds: int, words: list[str]) -> None:
     """Train every case from every seed; print and write the record."""
     cases = ["ours", *CASES] if "--matched" in words else ["ours", "timm"]
-    words = [word for word in words if word != "--matched"]
-    given = ["--data.path", str(ROOT / "data/clipart"), *words]
+    given = ["--data.path", str(ROOT / "data/clipart"), *(word for word in words if word != "--matched")]
     run = resolve_command("demo-clipart", given)
     samples: dict[str, list[float]] = {}
     for case in cases:  # the case this is about first, so that a chain cut short has it

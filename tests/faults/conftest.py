@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import demo
+from data_pipeline.building import demo
 
 
 @pytest.fixture(scope="session")

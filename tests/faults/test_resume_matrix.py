@@ -20,7 +20,7 @@ from PIL import Image
 
 from configs.schema import Augment, Cluster, Data, Model, Run
 from data_pipeline import mixture
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.manifest import Dataset
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from configs.schema import Augment, Cluster, Data, Evaluate, Model, Run
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.cache import Cache
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.manifest import Split, open_dataset

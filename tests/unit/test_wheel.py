@@ -41,7 +41,7 @@ def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     assert header["License-Expression"] == "Apache-2.0"
     assert header["Requires-Python"] == ">=3.11"
     assert set(header.get_all("Provides-Extra") or []) == {
-        "demo", "timm", "ffcv", "fairscale", "slurm", "tensorboard", "wandb", "dev",
+        "demo", "timm", "ffcv", "fairscale", "slurm", "tensorboard", "wandb", "dev", "s3", "gs",
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import InputError
 from configs.resolve import diff, from_json, load, names, to_json
-from data_pipeline import demo
+from data_pipeline.building import demo
 from trainer.cli_config import resolve_command
 from trainer.cli_train import refuse_another_run, train_command
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.schema import Augment, Cluster, Data, Evaluate, Model, Run
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.manifest import Dataset
 
 RunOf = Callable[..., Run]

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import InputError
+from data_pipeline.building.verify import verify, verify_command
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, Row, fingerprint, open_dataset, pack_rows
 from data_pipeline.shard import OpenShards, Sample, pack_sidecar, parse, read_sidecar
-from data_pipeline.verify import verify, verify_command
 
 Content = dict[str, object]
 

@@ -17,7 +17,7 @@ from configs import resolve
 from configs.errors import InputError
 from configs.schema import Augment, Cluster, Data, Model, Run
 from data_pipeline import mixture
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.manifest import Dataset, Source, Split
 from data_pipeline.merge import merge
 from data_pipeline.mixture import Mixture

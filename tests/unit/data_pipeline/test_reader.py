@@ -14,7 +14,7 @@ import webdataset
 
 from configs.schema import Augment, Run
 from data_pipeline.augment import eval_view, targets, train_view
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.decode import decode
 from data_pipeline.errors import Damage
 from data_pipeline.manifest import Dataset, Split

@@ -16,7 +16,7 @@ import torch
 
 from configs.errors import InputError
 from configs.schema import Augment, Run
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.decode import decode
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, open_dataset

@@ -8,7 +8,7 @@ import pytest
 
 from configs import resolve
 from configs.errors import InputError
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from models import cost, spec
 from trainer import bench, cli
 from trainer.bench_data import Settings, made_up, measure

@@ -13,7 +13,7 @@ from PIL import Image
 from configs import resolve
 from configs.errors import InputError
 from data_pipeline import mixture
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.stream import open_data, train_loader
 from trainer.cli_config import resolve_command
 from trainer.cli_data import data_command

@@ -19,13 +19,13 @@ import webdataset
 from PIL import Image
 
 from configs.errors import InputError
-from data_pipeline import download
-from data_pipeline.labels import closure, understand, words_of
+from data_pipeline.building import download
+from data_pipeline.building.labels import closure, understand, words_of
+from data_pipeline.building.plan import Options
+from data_pipeline.building.sources import Reading, list_source
+from data_pipeline.building.tasks import build
 from data_pipeline.manifest import Dataset
-from data_pipeline.plan import Options
 from data_pipeline.shard import OpenShards
-from data_pipeline.sources import Reading, list_source
-from data_pipeline.tasks import build
 
 SMALL = Options(shard_samples=4, heldout=0.3)
 

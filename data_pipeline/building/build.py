@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import InputError
+from data_pipeline.building.writing import MAX_KEY, TEMPORARY, Encoded, write_shard, write_whole
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import (
     FORMAT,
@@ -25,13 +26,12 @@ from data_pipeline.manifest import (
     pack_rows,
 )
 from data_pipeline.shard import PICTURE_EXTENSIONS
-from data_pipeline.writing import MAX_KEY, TEMPORARY, Encoded, write_shard, write_whole
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 0.15
 CARD = "CARD.md"  # the data card for people; the manifest has it for programs
 CARD_HEADING = "# Data card of a coatnet data set"  # tells it from a file of the user's
-BUILD = ".coatnet-build"  # folder of a distributed build (`data_pipeline.tasks`), deleted when it is finished
+BUILD = ".coatnet-build"  # folder of a distributed build (`data_pipeline.building.tasks`), deleted when it is finished
 SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|idx)(\.partial.*)?$")
 
 

@@ -18,16 +18,16 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
-from data_pipeline.build import BUILD, already_built, claimed, shard_name, write_manifest
+from data_pipeline.building.build import BUILD, already_built, claimed, shard_name, write_manifest
+from data_pipeline.building.labels import read_vocabulary
+from data_pipeline.building.plan import SHOWN, Tell
+from data_pipeline.building.tars import TarSample, tar_samples
+from data_pipeline.building.workers import spread
+from data_pipeline.building.writing import write_whole
 from data_pipeline.errors import DataError
-from data_pipeline.labels import read_vocabulary
 from data_pipeline.manifest import Dataset, LabelKind, Row, open_dataset
 from data_pipeline.members import Sample, parse
-from data_pipeline.plan import SHOWN, Tell
 from data_pipeline.shard import pack_sidecar, sidecar_path
-from data_pipeline.tars import TarSample, tar_samples
-from data_pipeline.workers import spread
-from data_pipeline.writing import write_whole
 
 ANY_CLASS = 1_000_000  # labels are held against this before the number of classes is known
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_pipeline.labels import Labels, kind_of, understand
+from data_pipeline.building.labels import Labels, kind_of, understand
 from data_pipeline.manifest import LabelKind
 
 TASK_COLUMNS = ("key", "place", "offset", "bytes", "extension", "content")
@@ -51,7 +51,7 @@ def arrange(
     labels of all in a data set of several labels. In one of single labels copies that disagree are counted.
 
     Args:
-        examined: `data_pipeline.examine.EXAMINED`.
+        examined: `data_pipeline.building.examine.EXAMINED`.
         wanted: kind of labels: auto, single, multi.
         given: the vocabulary; empty: from the labels.
         parents: of each class that has any.

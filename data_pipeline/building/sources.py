@@ -1,7 +1,7 @@
 """Where pictures come from: folders, lists, Parquet files that hold them, tars. Listed first, in parts for processes.
 
 A source is listed without reading pictures: each entry is told from all others by its name, and the digest over names,
-labels, sizes and times says whether a later call means the same input. `data_pipeline.examine` reads the parts.
+labels, sizes and times says whether a later call means the same input. `examine` reads the parts.
 """
 
 import csv
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import InputError, unknown
-from data_pipeline.labels import words_of
+from data_pipeline.building.labels import words_of
 
 KINDS = ("folder", "list", "huggingface", "tars")
 LISTS = (".csv", ".tsv", ".jsonl", ".parquet")

@@ -1,6 +1,6 @@
 """Real images that a fresh machine can get, as shards: digits from an installed package, or any folder of images.
 
-The third source, clip art with many labels, is in `data_pipeline.clipart`.
+The third source, clip art with many labels, is in `data_pipeline.building.clipart`.
 """
 
 import gzip
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import InputError, unknown
-from data_pipeline.build import Picture, already_built, write_dataset
-from data_pipeline.clipart import clipart
+from data_pipeline.building.build import Picture, already_built, write_dataset
+from data_pipeline.building.clipart import clipart
 from data_pipeline.decode import decode
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset

@@ -19,13 +19,13 @@ from PIL import Image
 
 from configs.errors import InputError
 from configs.schema import Data
+from data_pipeline.building.labels import words_of
+from data_pipeline.building.sources import Loose, Pack, Part, Source, is_web
+from data_pipeline.building.tars import label_members, tar_labels, tar_samples
+from data_pipeline.building.writing import aside
 from data_pipeline.decode import FORMATS, MAX_PICTURE_BYTES
 from data_pipeline.errors import Damage
-from data_pipeline.labels import words_of
 from data_pipeline.shard import MAX_SAMPLE_BYTES
-from data_pipeline.sources import Loose, Pack, Part, Source, is_web
-from data_pipeline.tars import label_members, tar_labels, tar_samples
-from data_pipeline.writing import aside
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's name of the format
 UNKNOWN = -1  # bytes of a picture that is fetched only when its shard is written

@@ -15,11 +15,11 @@ import numpy as np
 
 from configs.errors import InputError
 from configs.schema import Data
+from data_pipeline.building.workers import spread
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import MANIFEST, Dataset, Row, open_dataset
 from data_pipeline.shard import OpenShard, OpenShards
 from data_pipeline.store import is_url
-from data_pipeline.workers import spread
 
 WHOLE_SHARD = -1  # the sample number of a finding that is not about one sample
 

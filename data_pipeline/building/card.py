@@ -4,15 +4,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from data_pipeline.build import CARD_HEADING
+from data_pipeline.building.build import CARD_HEADING
+from data_pipeline.building.plan import Plan
 from data_pipeline.manifest import Row
-from data_pipeline.plan import Plan
 
 SHOWN = 20  # classes, reasons and left-out pictures that the page names
 
 
 class ShardFacts(Protocol):
-    """What a finished shard says of itself (`data_pipeline.tasks.Record`)."""
+    """What a finished shard says of itself (`data_pipeline.building.tasks.Record`)."""
 
     formats: dict[str, int]
     sides: dict[str, int]

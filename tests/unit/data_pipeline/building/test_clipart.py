@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from configs.errors import InputError
-from data_pipeline.clipart import MIN_SHORT_SIDE, clipart
+from data_pipeline.building.clipart import MIN_SHORT_SIDE, clipart
+from data_pipeline.building.verify import verify
 from data_pipeline.decode import decode
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards, Sample
-from data_pipeline.verify import verify
 from trainer.cli_data import data_command
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")

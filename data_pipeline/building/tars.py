@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import InputError
-from data_pipeline.labels import words_of
+from data_pipeline.building.labels import words_of
 from data_pipeline.shard import MAX_SAMPLE_BYTES, PICTURE_EXTENSIONS
 
 LABEL_MEMBERS = ("cls", "json", "txt")  # where a label is looked for when the user does not say

@@ -24,17 +24,17 @@ from PIL import Image
 
 from configs.errors import InputError
 from configs.schema import Data
-from data_pipeline.build import BUILD, CARD, claimed, shard_name, write_manifest
-from data_pipeline.card import card_page, summary
+from data_pipeline.building.build import BUILD, CARD, claimed, shard_name, write_manifest
+from data_pipeline.building.card import card_page, summary
+from data_pipeline.building.download import Unreachable, download
+from data_pipeline.building.examine import UNKNOWN, picture_format
+from data_pipeline.building.plan import Options, Plan, Task, Tell, plan, read_plan, read_table
+from data_pipeline.building.workers import spread
+from data_pipeline.building.writing import Encoded, is_aside, write_shard, write_whole
 from data_pipeline.decode import decode
-from data_pipeline.download import Unreachable, download
 from data_pipeline.errors import Damage
-from data_pipeline.examine import UNKNOWN, picture_format
 from data_pipeline.manifest import MANIFEST, Dataset, Row, open_dataset
-from data_pipeline.plan import Options, Plan, Task, Tell, plan, read_plan, read_table
 from data_pipeline.shard import sidecar_bytes, sidecar_path
-from data_pipeline.workers import spread
-from data_pipeline.writing import Encoded, is_aside, write_shard, write_whole
 
 SIDES = (64, 128, 256, 384, 512, 1024, 2048)  # pixels: bounds of the statistics of short sides
 Picked = Mapping[str, object]
@@ -61,7 +61,7 @@ def build(source: str, out: str | Path, options: Options, workers: int = 1, tell
     """Plan, run all tasks in `workers` processes and merge: the whole build on one machine.
 
     Raises:
-        InputError: see `data_pipeline.plan.plan` and `run`.
+        InputError: see `data_pipeline.building.plan.plan` and `run`.
     """
     made = plan(source, out, options, workers=workers, tell=tell)
     if isinstance(made, Dataset):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
+from data_pipeline.building.verify import verify, verify_command
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset
 from data_pipeline.shard import read_sidecar
-from data_pipeline.verify import verify, verify_command
 from trainer.cli_data import data_command
 
 

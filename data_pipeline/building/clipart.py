@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import InputError
-from data_pipeline.build import Picture, already_built, make_folder, split_of, write_dataset
+from data_pipeline.building.build import Picture, already_built, make_folder, split_of, write_dataset
 from data_pipeline.decode import decode
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset

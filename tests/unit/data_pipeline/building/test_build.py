@@ -16,16 +16,16 @@ import pytest
 from PIL import Image
 
 from configs.errors import InputError
-from data_pipeline import demo
-from data_pipeline.build import Picture, already_built, split_of, write_dataset
+from data_pipeline.building import demo
+from data_pipeline.building.build import Picture, already_built, split_of, write_dataset
+from data_pipeline.building.verify import verify
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards
-from data_pipeline.verify import verify
 
 SLOW_BUILD = """
 import sys, time
-from data_pipeline.build import Picture, write_dataset
+from data_pipeline.building.build import Picture, write_dataset
 def load():
     time.sleep(0.02)
     return b"x" * 1000

@@ -11,12 +11,12 @@ import pytest
 import webdataset
 
 from configs.errors import InputError
-from data_pipeline.adopt import adopt
-from data_pipeline.build import BUILD
+from data_pipeline.building.adopt import adopt
+from data_pipeline.building.build import BUILD
+from data_pipeline.building.verify import verify
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards
-from data_pipeline.verify import verify
 from trainer.cli_data import data_command
 
 

@@ -1,7 +1,7 @@
 """The plan of a build: what each task writes, settled before any task begins.
 
     DIR/.coatnet-build/origin.json       what the plan is made from
-                       parts/*.parquet   the examined source (`data_pipeline.examine`), staged/*.bin its copied pictures
+                       parts/*.parquet   the examined source (`examine`), staged/*.bin its copied pictures
                        tasks/*.parquet   the pictures of each task, in the order of the shards
                        plan.json         the rest, written last: a plan without it is none
 
@@ -23,14 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import InputError
-from data_pipeline.arrange import Arranged, arrange
-from data_pipeline.build import BUILD, HELDOUT_SHARE, SPLITS, already_built, claimed
-from data_pipeline.examine import Job, class_names, examine
-from data_pipeline.labels import read_hierarchy, read_vocabulary
+from data_pipeline.building.arrange import Arranged, arrange
+from data_pipeline.building.build import BUILD, HELDOUT_SHARE, SPLITS, already_built, claimed
+from data_pipeline.building.examine import Job, class_names, examine
+from data_pipeline.building.labels import read_hierarchy, read_vocabulary
+from data_pipeline.building.sources import Reading, Source, list_source
+from data_pipeline.building.workers import spread
+from data_pipeline.building.writing import aside, flush_folder, write_whole
 from data_pipeline.manifest import Dataset, LabelKind
-from data_pipeline.sources import Reading, Source, list_source
-from data_pipeline.workers import spread
-from data_pipeline.writing import aside, flush_folder, write_whole
 
 PLAN, ORIGIN = "plan.json", "origin.json"
 FORMAT, VERSION = "coatnet-build", 1
@@ -104,7 +104,7 @@ def plan(
     """Write the plan of a build into folder `out`, or find it there; the data set itself if it is built already.
 
     Args:
-        source: see `data_pipeline.sources.list_source`.
+        source: see `data_pipeline.building.sources.list_source`.
         out: the data set's folder to be.
         options: what to make.
         tasks: at most how many tasks, but one for each split; 0: one for every TASK_SHARDS shards.
