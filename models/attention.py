@@ -134,7 +134,7 @@ def _explicit(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, bias_HNN: Tensor |
     exact = torch.promote_types(products_BHNN.dtype, torch.float32)
     logits_BHNN = products_BHNN.to(exact)  # by itself: torch's sum of two dtypes is several times slower
     if bias_HNN is not None:
-        logits_BHNN = logits_BHNN + bias_HNN.to(exact)
+        logits_BHNN += bias_HNN.to(exact)  # in place: nothing keeps the products
     return torch.matmul(torch.softmax(logits_BHNN, dim=-1).to(v_BHND.dtype), v_BHND)
 
 

@@ -151,13 +151,14 @@ class _WithMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The map itself, (B, C, H, W), and (B, C, 1, 1)."""
-        return y_BCHW.view_as(y_BCHW), y_BCHW.mean((2, 3), keepdim=True)
+        # Not `mean`, which on a CPU copies a bf16 map to fp32; `sum` adds up in fp32 without a copy.
+        return y_BCHW.view_as(y_BCHW), y_BCHW.sum((2, 3), keepdim=True) / y_BCHW.shape[2:].numel()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         """The gradient of the map."""
         of_map, of_mean = gradients
-        return torch.add(of_map, of_mean / (of_map.shape[2] * of_map.shape[3]))
+        return torch.add(of_map, (of_mean / of_map.shape[2:].numel()).to(of_map.dtype))
 
 
 class Transformer(nn.Module):

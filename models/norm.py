@@ -152,7 +152,8 @@ def _normalise_here(x_BCHW: Tensor, weight: Tensor, bias: Tensor, eps: float, si
     Returns:
         The output, and (groups, 2, C) of mean and unbiased variance, read out through running buffers of momentum 1.
     """
-    parts = torch.split(x_BCHW, size)
+    # One group is not split: the backward pass of a split would copy the whole gradient.
+    parts = torch.split(x_BCHW, size) if size < len(x_BCHW) else (x_BCHW,)
     statistics = torch.zeros(len(parts), 2, x_BCHW.shape[1], dtype=weight.dtype, device=x_BCHW.device)
     outputs = [
         F.batch_norm(part, kept[0], kept[1], weight, bias, True, 1.0, eps)

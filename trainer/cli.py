@@ -65,7 +65,10 @@ COMMANDS = {
         "speed and memory of a training step on this machine",
     ),
     "data": Command(
-        "trainer.cli_data", "data_command", "demo --out DIR | verify DIR", "make shards of real pictures; check shards"
+        "trainer.cli_data",
+        "data_command",
+        "demo | build SOURCE --out DIR | adopt TAR ... | verify DIR | order RECIPE --step N",
+        "make, take over and check data sets; say which samples a step sees",
     ),
 }
 

@@ -56,6 +56,15 @@ def test_one_group_is_torch_with_gradients_and_running_statistics() -> None:
     assert close(ours.eval()(picture(4, 9)), theirs.eval()(picture(4, 9)))
 
 
+def test_one_group_is_normalised_as_it_lies() -> None:
+    # A split of one part would cost a copy of the whole gradient in the backward pass.
+    ours, _ = pair()
+    x = picture(4).requires_grad_()
+    node = ours.train()(x).grad_fn
+    assert node is not None
+    assert node.next_functions[0][0].variable is x
+
+
 @pytest.mark.parametrize("passes", [1, 3])
 def test_groups_of_one_rank_are_separate_layers_and_average(passes: int) -> None:
     ours, theirs = pair()
