@@ -249,8 +249,7 @@ def _transformer(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Segment, ..
         qkv["normalised pool indices"] = 8 * at.batch * positions * block.width_in
     qkv["qkv input"] = at.values(positions, block.width_in)
     qkv["qkv weights"] = at.cast(3 * block.width_in * width)
-    attention, again = _attention(spec, block, at)
-    packed = {"packed qkv": 3 * tokens}
+    attention = _attention(spec, block, at)
     projection = {"attended": tokens, "projection weights": at.cast(width * width)}
     widen = _layer_norm("norm_feed", "attention sum", positions, width, at)
     widen |= {"norm_feed": tokens, "widen weights": at.cast(width * hidden)}
@@ -259,15 +258,15 @@ def _transformer(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Segment, ..
     return (
         Segment(qkv, entered),
         Segment(_shortcut(block, at)),
-        Segment(attention, packed if again else None),
+        Segment(attention),
         Segment(projection),
         Segment(widen, {"attention sum": tokens}),
         Segment(narrow, wide),
     )
 
 
-def _attention(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Bytes, bool]:
-    """What lies between the packed queries, keys, values and the projection, and whether a segment makes it again.
+def _attention(spec: Spec, block: BlockSpec, at: Setting) -> Bytes:
+    """What lies between the packed queries, keys, values and the projection.
 
     Explicit: copies of q, k and v with the heads in front; the softmax its output in fp32, the product with v a copy of
     it in bf16. SDPA on a CPU takes torch's plain path if there is a trained bias before the softmax: the same, all in
@@ -283,15 +282,15 @@ def _attention(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Bytes, bool]:
         kept = {"repeated bias": at.size * pairs, "v of the bias": at.size * head_values}
     if backend == "explicit":
         kept |= {"q, k, v": 3 * at.size * head_values, "softmax": 4 * pairs, "softmax in bf16": at.cast(pairs)}
-        return kept, True
+        return kept
     if at.device == "cpu" and spec.relative_bias == "pre":
-        return {"q, k, v": 3 * 4 * head_values, "softmax": 4 * pairs}, False
+        return {"q, k, v": 3 * 4 * head_values, "softmax": 4 * pairs}
     kept |= {"packed qkv": 3 * at.size * head_values, "log-sum-exp": 4 * at.batch * heads * tokens}
     if spec.relative_bias == "post":
         kept["kernel's output"] = at.size * head_values  # otherwise that is the projection's input
     if spec.relative_bias == "pre" and backend == "sdpa":
         kept["bias"] = at.size * heads * tokens * (-(-tokens // 8) * 8)
-    return kept, False
+    return kept
 
 
 def _head(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Segment, ...]:

@@ -230,10 +230,7 @@ class RelativeAttention(nn.Module):
             result: Tensor = self.qkv(x if before is None else before(x))
             return result
 
-        packed = segment(pack, x_BNC)
-        # The explicit form's matrix of weights is made again; fused kernels keep none.
-        mixed = segment if resolve(self.backend, packed.device) == "explicit" else plainly
-        result: Tensor = self.projection(mixed(self._mix, packed))
+        result: Tensor = self.projection(self._mix(segment(pack, x_BNC)))
         return result
 
     def bias(self) -> Tensor | None:

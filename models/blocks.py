@@ -3,8 +3,8 @@
 B: samples, C: channels, H, W: height and width, N = H W tokens, S: sub-layers of the block, K: classes.
 Convolution blocks are (B, C, H, W) in the memory format of their input; Transformer blocks are (B, N, C).
 `drop_SB` holds stochastic depth's factor of every residual branch and sample, 0 or 1 / keep; None: no branch scaled.
-`segment` calls the parts of a block that end in a convolution or a linear map, and the attention. What selective
-recomputation keeps are the inputs of these parts; the norms, GELUs and scalings inside them are made again.
+`segment` calls the parts of a block that end in a convolution or a linear map. What selective recomputation keeps are
+the inputs of these parts, and the attention; the norms, GELUs and scalings inside them are made again.
 """
 
 from collections.abc import Callable

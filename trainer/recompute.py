@@ -29,7 +29,7 @@ def run_block(kind: str) -> RunBlock | None:
 def _selective(block: Callable[..., Any], x: Tensor, drop: Tensor | None) -> Tensor:
     """Run `block`, each of its segments keeping its inputs only.
 
-    A segment ends in a convolution, a linear map or a product. torch stops a second pass as soon as the last tensor
+    A segment ends in a convolution or a linear map. torch stops a second pass as soon as the last tensor
     is there that was wanted, which is the input of that last operation: it is not computed again.
     """
     result: Tensor = block(x, drop, _inputs_only)

@@ -7,7 +7,7 @@ import pytest
 
 from configs.errors import InputError
 from models import spec
-from models.activations import BlockBytes, Recompute, activations, peak
+from models.activations import BlockBytes, Dtype, Recompute, activations, peak
 
 ALL = ("coatnet0", "coatnet1", "coatnet2", "coatnet3", "coatnet4", "coatnet5", "coatnet6", "coatnet7")
 
@@ -16,8 +16,9 @@ def named(name: str, blocks: tuple[BlockBytes, ...]) -> BlockBytes:
     return next(block for block in blocks if block.name == name)
 
 
-def total(name: str, recompute: Recompute, resolution: int = 224) -> int:
-    return sum(block.saved for block in activations(spec.get(name), resolution, batch=64, recompute=recompute))
+def total(name: str, recompute: Recompute, resolution: int = 224, dtype: Dtype = "bf16") -> int:
+    blocks = activations(spec.get(name), resolution, batch=64, dtype=dtype, recompute=recompute)
+    return sum(block.saved for block in blocks)
 
 
 def test_an_mbconv_block_by_hand() -> None:
@@ -47,9 +48,9 @@ def test_a_transformer_block_by_hand_in_every_mode() -> None:
     # input, normed, q, k, v, attended, its sum, normed, 4 before and 4 after GELU
     everything = 16 * row + scores + statistics
     assert (found["none"].saved, found["none"].inside) == (everything, 0)
-    # input, qkv, attended, the sum, 4 before GELU; the largest segment is the attention or the half with GELU
-    assert found["selective"].saved == 10 * row
-    assert found["selective"].inside == max(3 * row + scores, 4 * row)
+    # input, q, k, v, the weights, attended, the sum, 4 before GELU; the largest segment is the half with GELU
+    assert found["selective"].saved == 10 * row + scores
+    assert found["selective"].inside == 4 * row
     assert (found["full"].saved, found["full"].inside) == (row, everything - row)
 
 
@@ -60,7 +61,14 @@ def test_peak_is_all_that_is_saved_and_the_largest_inside() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_recomputation_keeps_less(name: str) -> None:
-    assert total(name, "selective") <= 0.55 * total(name, "none")
+    fused = {
+        kind: sum(b.saved for b in activations(spec.get(name), 224, batch=64, recompute=kind, device="cuda"))
+        for kind in ("none", "selective", "full")
+    }
+    assert fused["selective"] <= 0.46 * fused["none"]
+    assert fused["full"] <= 0.2 * fused["selective"]
+    # Written out, the matrices of attention weights stay in every mode but "full".
+    assert total(name, "selective") <= (0.55 if name == "coatnet0" else 0.62) * total(name, "none")
     assert total(name, "full") <= 0.2 * total(name, "selective")
 
 
