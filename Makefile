@@ -15,14 +15,18 @@ BIN := $(VENV)/bin
 # DeepSpeed must not compile its operators at install time; nothing here needs them before they are used.
 PIP = DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check
 RUN = PYTHONUNBUFFERED=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+ON_SLURM = $(RUN) OMP_NUM_THREADS=1 COATNET_SLURM=1 tests/slurm/cluster/with.sh --install
 CHECKED := configs models data_pipeline trainer slurm tests
 
-.PHONY: help train test lint types slow gpu-check clean
+.PHONY: help train test lint types slow test-slurm slow-slurm test-pages gpu-check lock wheels clean
 
 help:
 	@echo 'make train      builds .venv, makes shards of real digits, trains and evaluates a small CoAtNet'
 	@echo 'make test       builds .venv and runs every fast test (make slow: the others)'
+	@echo 'make test-slurm submission and recovery on a SLURM cluster that it starts here as root (slow-slurm: the others)'
+	@echo 'make test-pages the report in a real browser; installs Debian packages of chromium where it may'
 	@echo 'make lint types ruff; strict mypy'
+	@echo 'make wheels     wheels/ for machines without a network, of the versions in requirements.lock (make lock writes it)'
 	@echo 'make gpu-check  tests and a short benchmark on this CUDA machine; needs no network'
 	@echo 'make clean      removes .venv, caches and build outputs; data and runs stay'
 
@@ -31,10 +35,21 @@ train: $(VENV)/.ready-demo
 	$(RUN) coatnet train demo-digits
 
 test: $(VENV)/.ready-dev
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -q -m 'not slow and not gpu'
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu and not slurm and not browser'
 
 slow: $(VENV)/.ready-dev
-	$(RUN) OMP_NUM_THREADS=1 python -m pytest -q -m slow --timeout 3600
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -q -m 'slow and not slurm' --timeout 3600
+
+# On a real cluster of four nodes that is started on this machine as root, and ended again; fails where it cannot be.
+test-slurm: $(VENV)/.ready-dev
+	$(ON_SLURM) python -m pytest -q -m 'slurm and not slow' tests/slurm
+
+slow-slurm: $(VENV)/.ready-dev
+	$(ON_SLURM) python -m pytest -q -m 'slurm and slow' --timeout 3600 tests/slurm
+
+test-pages: $(VENV)/.ready-dev
+	@tests/pages/install.sh
+	$(RUN) OMP_NUM_THREADS=1 COATNET_PAGES=1 python -m pytest -q -m 'browser and not slow' tests/pages
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check $(CHECKED)
@@ -42,6 +57,15 @@ lint: $(VENV)/.ready-dev
 
 types: $(VENV)/.ready-dev
 	$(BIN)/mypy
+
+# Exact versions of what .venv has, for other machines. Made by hand when the tested environment changes.
+lock: $(VENV)/.ready-dev
+	$(BIN)/python -m trainer.lock demo dev slurm > requirements.lock
+
+# Everything that a machine without a network installs from: pip install --no-index --find-links wheels 'coatnet[slurm]'
+wheels: $(VENV)/.ready-demo requirements.lock
+	$(PIP) wheel -q --no-deps -w wheels -r requirements.lock
+	$(PIP) wheel -q --no-deps -w wheels . && rm -rf build  # which a later wheel would take old files from
 
 # Takes .venv where there is one, else the first Python that has torch. Installs nothing.
 gpu-check:

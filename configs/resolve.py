@@ -16,8 +16,11 @@ from types import ModuleType
 
 from configs import demo, imagenet, jft, study
 from configs.errors import InputError, unknown
+from configs.parallel_rules import check_parallel
+from configs.resume_rules import check_allowed
 from configs.run_json import check_types, diff, digest, flat, from_json, recorded, to_json
 from configs.schema import Run
+from configs.tars import check_tars
 
 __all__ = [
     "RECIPES", "check", "diff", "digest", "flat", "from_json", "load", "names", "recorded", "summary", "to_json",
@@ -78,6 +81,13 @@ def check(run: Run) -> None:
         InputError: naming the field, its value, the rule and the nearest valid value.
     """
     check_types(run)
+    check_tars(run.data)
+    check_allowed(run.resume.allow, flat(run))
+    if run.checkpoint.keep_best and not run.evaluate.every:
+        raise InputError(
+            f"checkpoint.keep_best = {run.checkpoint.keep_best!r}: nothing is scored before the end (evaluate.every = "
+            f"0); nearest valid: ''"
+        )
     optim = run.optim
     if optim.warmup_epochs == 0 and 0 < optim.steps < optim.warmup_steps:
         raise InputError(
@@ -94,16 +104,7 @@ def check(run: Run) -> None:
             f"parallel.micro_batch = {run.parallel.micro_batch}: must be at most data.global_batch = "
             f"{run.data.global_batch}; nearest valid: {run.data.global_batch}"
         )
-    if run.parallel.compile and run.parallel.zero == 3:
-        raise InputError(
-            "parallel.compile = True: under ZeRO-3 DeepSpeed gathers weights inside the blocks, where compiled code "
-            "has none of its hooks; nearest valid: parallel.zero 2"
-        )
-    if run.parallel.compile and run.parallel.recompute == "selective":
-        raise InputError(
-            "parallel.recompute = 'selective': cuts inside blocks, which parallel.compile makes one piece of; nearest "
-            "valid: parallel.recompute full"
-        )
+    check_parallel(run)
     if run.model.drop_path_group and run.model.drop_path * run.model.drop_path_group <= 0.5:
         raise InputError(
             f"model.drop_path_group = {run.model.drop_path_group}: at model.drop_path = {run.model.drop_path} no "
@@ -131,13 +132,15 @@ def total_steps(run: Run, samples: int) -> int:
 def warmup(run: Run, samples: int) -> int:
     """Optimizer steps of the warm-up over a training split of `samples`; `optim.warmup_epochs` wins when positive.
 
+    On made-up pictures it may be longer than the run: how many there are says nothing about the recipe's own data.
+
     Raises:
         InputError: the warm-up is longer than the run, so the peak learning rate would never be reached.
     """
     by_epochs = run.optim.warmup_epochs > 0
     steps = _epochs_in_steps(run, run.optim.warmup_epochs, samples) if by_epochs else run.optim.warmup_steps
     total = total_steps(run, samples)
-    if steps > total:
+    if steps > total and not run.data.synthetic:
         field, value = ("warmup_epochs", run.optim.warmup_epochs) if by_epochs else ("warmup_steps", steps)
         raise InputError(
             f"optim.{field} = {value}: a warm-up of {steps} steps is longer than the run, {total} steps over {samples} "

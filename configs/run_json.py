@@ -16,8 +16,8 @@ from configs.schema import Run
 # What `digest` leaves out: labels, places and processes. Everything else counts, because it changes the samples, the
 # arithmetic or the layout, or (checkpoint, evaluate) when the run's state is taken and judged.
 NOT_HASHED = (
-    "recipe", "name", "runs", "tracking", "cluster",
-    "data.cache", "data.cache_bytes", "data.fetch_retries", "data.pipe", "data.damage_budget",
+    "recipe", "name", "runs", "tracking", "cluster", "resume",
+    "data.cache", "data.cache_bytes", "data.fetch_retries", "data.pipe", "data.damage_budget", "parallel.offload_path",
 )  # fmt: skip
 
 
@@ -76,27 +76,42 @@ def from_json(text: str) -> Run:
 
 
 def recorded(path: Path) -> Run:
-    """The Run of a run folder's `run.json`, which an older release may have written.
+    """The Run of a run folder's `run.json`, which an older release may have written; see `record`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; restore the file or take another run folder") from error
+    return record(text, path)
+
+
+def record(text: str, where: Path) -> Run:
+    """The Run in the JSON of a run folder or of a checkpoint, which an older release may have written.
 
     A field that the release did not know has its default, and one line on stderr says so.
 
     Raises:
-        InputError: naming the file: it cannot be read, is no run's record, or `from_json` would refuse what is there.
+        InputError: naming the file: it is no run's record, or `from_json` would refuse what is there.
     """
     absent: list[str] = []
     try:
-        document = _document(path.read_text(encoding="utf-8"))
+        document = _document(text)
         if isinstance(document, dict) and "recipe" not in document:
             raise InputError("is not a run's record: it names no recipe")
         run = _build(Run, document, "", absent)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}; restore the file or take another run folder") from error
     except InputError as error:
-        raise InputError(f"{path}: {error}; restore the file or take another run folder") from None
+        raise InputError(f"{where}: {error}; restore the file or take another run folder") from None
     assert isinstance(run, Run)
     if absent:
-        sys.stderr.write(f"{path}: written by an older release; at their defaults: {', '.join(absent)}\n")
+        sys.stderr.write(f"{where}: written by an older release; at their defaults: {', '.join(absent)}\n")
     return run
+
+
+def flattened(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A JSON object by dotted names, whatever release wrote it."""
+    rows: dict[str, Any] = {}
+    for key, value in document.items():
+        rows |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
 
 
 def _document(text: str) -> object:

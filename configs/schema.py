@@ -1,37 +1,14 @@
 """Every setting of a run, as frozen dataclasses. A value out of range is refused where it is declared.
 
-Cross-field rules (batch against world size, schedule against steps) live in `configs/resolve.py`.
+Rules between settings live in `configs/resolve.py`, rules on the world size in `trainer/plan.py`.
 """
 
-import math
-import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.errors import InputError
-
-MAX_CYCLE = 4096  # positions in which a mixture gives every data set its share exactly
-
-
-def require(ok: bool, name: str, value: object, rule: str, nearest: object) -> None:
-    """Refuse a value.
-
-    Raises:
-        InputError: naming the field, its value, the rule it breaks and the nearest valid value.
-    """
-    if not ok:
-        raise InputError(f"{name} = {value!r}: {rule}; nearest valid: {nearest!r}")
-
-
-def in_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuse `value` outside [low, high], naming the nearer bound."""
-    nearest = min(max(value, low), high)
-    require(low <= value <= high, name, value, f"must be between {low:g} and {high:g}", nearest)
-
-
-def at_least(name: str, value: float, low: float) -> None:
-    """Refuse `value` below `low`."""
-    require(value >= low, name, value, f"must be at least {low:g}", low)
+from configs.data_rules import check_mixture, check_pipe
+from configs.errors import at_least, check_time, in_range, require
+from configs.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -89,8 +66,10 @@ class Norm:
 class Data:
     """Which samples, in which order."""
 
-    path: str = ""  # folder or URL (http, https, s3, gs) with manifest.json, as written by `coatnet data`
+    path: str = ""  # folder or URL (http, https, s3, gs) of manifest.json; TRAIN.beton,HELDOUT.beton; tars:PATTERN
     mixture: tuple[str, ...] = ()  # PATH:WEIGHT of several data sets read together, in place of `path`
+    heldout: str = ""  # of `tars:PATTERN` in `path`: the data set that is scored and names the classes
+    tar_samples: int = 0  # of `tars:PATTERN` in `path`: how many samples count as an epoch
     global_batch: int = 4096  # samples per optimizer step over all ranks; never changed silently
     workers: int = 2  # loader processes per rank; 0 loads in the rank itself
     lanes: int = 720  # shards read side by side; capped at what the data and the batch allow
@@ -115,53 +94,8 @@ class Data:
         at_least("data.damage_budget", self.damage_budget, 0)
         at_least("data.cache_bytes", self.cache_bytes, 1)
         in_range("data.fetch_retries", self.fetch_retries, 0, 1000)
-        check_pipe(self)
+        check_pipe(self.pipe, (self.path, *self.mixture))
         check_mixture(self.mixture)
-
-
-def check_pipe(data: Data) -> None:
-    """Refuse a `data.pipe` that names no {url}, another placeholder, or that no URL would use.
-
-    Raises:
-        InputError: see above.
-    """
-    command = data.pipe
-    plain = command.replace("{url}", "").replace("{offset}", "")
-    try:
-        ok = not command or ("{url}" in " ".join(shlex.split(command)[1:]) and not {"{", "}", "\0"} & set(plain))
-    except ValueError:  # a quote without its partner
-        ok = False
-    require(ok, "data.pipe", command, "must be a command with {url}, and may have {offset}", "curl -sf {url}")
-    ok = not command or any("://" in path for path in (data.path, *data.mixture))
-    require(ok, "data.pipe", command, "fetches URLs, and data.path is none", "")
-
-
-def mixture_entry(entry: str) -> tuple[str, int]:
-    """Path and weight of an entry of `data.mixture`.
-
-    Raises:
-        InputError: not PATH:WEIGHT with a whole number from 1 to 999,999,999.
-    """
-    path, _, weight = entry.rpartition(":")
-    good = bool(path) and weight.isascii() and weight.isdecimal() and 0 < int(weight[:19]) < 10**9
-    rule = "must be PATH:WEIGHT, the weight a whole number from 1 to 999999999"
-    require(good, "data.mixture", entry, rule, f"{path or entry or 'PATH'}:1")
-    return path, int(weight)
-
-
-def check_mixture(entries: tuple[str, ...]) -> None:
-    """Refuse a data set that is named twice, and weights whose cycle is too long to look up.
-
-    Raises:
-        InputError: see above, or `mixture_entry`'s.
-    """
-    weights = dict(map(mixture_entry, entries))
-    once = tuple(f"{path}:{weight}" for path, weight in weights.items())
-    require(len(once) == len(entries), "data.mixture", entries, "must name a data set once", once)
-    total, room = sum(weights.values()), MAX_CYCLE - len(weights)
-    rule = f"the weights, in lowest terms, must add up to at most {MAX_CYCLE}"
-    lighter = tuple(f"{path}:{max(1, weight * room // max(total, 1))}" for path, weight in weights.items())
-    require(total <= MAX_CYCLE * math.gcd(*weights.values()), "data.mixture", entries, rule, lighter)
 
 
 @dataclass(frozen=True)
@@ -231,14 +165,30 @@ class Optim:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the work is laid out over ranks. None of it changes the mathematics."""
+    """How the work is laid out over ranks. None of it changes the mathematics.
 
+    Ranks form a mesh: `pipeline` stages of the network, and as many replicas of each as there are ranks for. ZeRO cuts
+    the state of a stage over its replicas.
+    """
+
+    layout: Literal["pinned", "auto"] = "pinned"  # auto: at the start `coatnet plan` chooses all of this section
+    pipeline: int = 1  # stages; the network's list of blocks is cut into so many parts
+    partition_impl: Literal["own", "fairscale"] = "own"  # who cuts: trainer/partition.py, or fairscale's solver (extra)
+    balance: str = "compute"  # what a cut makes even: compute, parameters, activations, or a JSON file {block: seconds}
     zero: Literal[0, 1, 2, 3] = 3  # DeepSpeed ZeRO stage
+    shard_group: int = 0  # ZeRO-3: keep a second copy of the weights cut over so many neighbouring ranks only; 0: none
+    offload: Literal["none", "cpu", "nvme"] = "none"  # where AdamW works and its state lies (and ZeRO-3's weights)
+    offload_path: str = ""  # folder on a local NVMe disk, for nvme; a run makes one of its own in it
     micro_batch: int = 0  # samples per rank and pass; 0 is the rank's whole share of the global batch
     recompute: Literal["none", "selective", "full"] = "full"  # see trainer/recompute.py
+    recompute_impl: Literal["own", "fairscale"] = "own"  # whose wrapper does "full"; fairscale is an extra
+    recompute_offload: bool = False  # fairscale's wrapper: what it keeps waits in the host's memory
     compile: bool = False  # torch.compile every block; equal blocks share one compilation
+    trace: bool = False  # write each rank's operations of the first steps to the run's folder, see trainer/trace.py
 
     def __post_init__(self) -> None:
+        at_least("parallel.pipeline", self.pipeline, 1)
+        at_least("parallel.shard_group", self.shard_group, 0)
         at_least("parallel.micro_batch", self.micro_batch, 0)
 
 
@@ -249,18 +199,41 @@ class Precision:
     dtype: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast over fp32 parameters
     channels_last: bool = True  # memory format of the convolution stages
     deterministic: bool = False  # bitwise repeatable kernels on CUDA as well (slower); the CPU always is
+    moments: Literal["fp32", "bf16"] = "fp32"  # how AdamW's two moments are kept, see trainer/moments.py
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """When state is saved, and how much of it is kept."""
 
-    every: int = 1000  # optimizer steps; the end and a stop are always saved
+    every: int = 0  # optimizer steps; the end and a stop are always saved; 0: chosen, see trainer/interval.py
+    mtbf_hours: float = 24.0  # assumed mean time between failures of the whole run, for `every` 0
+    asynchronous: bool = True  # write from a copy in the host's memory while training goes on
+    overlap: Literal["wait", "skip"] = "wait"  # a save that is due while one is written
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # keep those after a multiple of so many steps too; 0: none
+    keep_best: str = ""  # keep the best by this score too, eval/top1 for example; each evaluation is then saved
+    keep_best_mode: Literal["max", "min"] = "max"  # which score is the best
 
     def __post_init__(self) -> None:
-        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.every", self.every, 0)
+        require(self.mtbf_hours > 0, "checkpoint.mtbf_hours", self.mtbf_hours, "must be positive", 24.0)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+        require(
+            not self.keep_best or self.keep_best.startswith(("eval/", "eval_ema/")),
+            "checkpoint.keep_best",
+            self.keep_best,
+            "must be a score of an evaluation: eval/NAME, or eval_ema/NAME of the averaged weights",
+            "eval/top1",
+        )
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What may differ between a run and the checkpoint that it goes on from."""
+
+    allow: tuple[str, ...] = ()  # fields, sections ("augment."), "dataset", "scratch": configs/resume_rules.py
 
 
 @dataclass(frozen=True)
@@ -284,26 +257,42 @@ class Tracking:
     experiment: str = "coatnet"
     tensorboard: bool = False  # event files in the run folder (extra `tensorboard`)
     wandb: bool = False  # an offline W&B run in the run folder (extra `wandb`); `wandb sync` uploads it
+    sweep: str = ""  # runs of one sweep lie under one run of this name in MLflow
+    register: str = ""  # name in MLflow's registry under which the finished weights are logged; empty: they are not
     log_every: int = 10  # optimizer steps
+    system_every: float = 15.0  # seconds between two looks at a machine's processors, memory, network; 0: none
 
     def __post_init__(self) -> None:
         at_least("tracking.log_every", self.log_every, 1)
+        at_least("tracking.system_every", self.system_every, 0.0)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of this machine. Under an outside launcher (RANK set) only device and timeout matter."""
+    """The processes of this machine, and what its devices cost.
+
+    Under an outside launcher (RANK set) neither ranks nor master_port matter.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ranks: int = 0  # processes to start; 0: as many as fit the batch, at most one per GPU or two on a CPU
     master_port: int = 0  # rendezvous port; 0 picks a free one
     timeout: int = 600  # seconds a collective may wait before it fails
+    start_timeout: int = 1800  # the same until two steps are made: compilation and first data come unevenly
+    end_time: str = ""  # when the machine goes away, 2026-11-24T18:00+01:00 or unix seconds; empty: SLURM's, if any
+    price: float = 0.0  # money for one device-hour, for the ledger; 0: not known
+    currency: str = "USD"  # of the price
+    watts: float = 0.0  # of one device, where its energy is not measured; 0: by its name, see trainer/energy.py
 
     def __post_init__(self) -> None:
         at_least("cluster.ranks", self.ranks, 0)
         ok = self.master_port == 0 or 1024 <= self.master_port <= 65535
         require(ok, "cluster.master_port", self.master_port, "must be 0 or between 1024 and 65535", 0)
         at_least("cluster.timeout", self.timeout, 10)
+        at_least("cluster.start_timeout", self.start_timeout, 10)
+        check_time("cluster.end_time", self.end_time)
+        at_least("cluster.price", self.price, 0.0)
+        at_least("cluster.watts", self.watts, 0.0)
 
 
 @dataclass(frozen=True)
@@ -315,6 +304,7 @@ class Run:
     runs: str = "runs"
     seed: int = 0
     steps: int = 0  # stop after so many updates without changing the schedule, to check a machine; 0 is the whole run
+    profile: str = ""  # FROM:TO: look into the steps after update FROM up to update TO, see trainer/profiling.py
     model: Model = field(default_factory=Model)
     init: Init = field(default_factory=Init)
     norm: Norm = field(default_factory=Norm)
@@ -324,6 +314,8 @@ class Run:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: Resume = field(default_factory=Resume)
+    guard: Guard = field(default_factory=Guard)
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
     cluster: Cluster = field(default_factory=Cluster)
@@ -336,5 +328,8 @@ class Run:
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, 2**31 - 1)
         at_least("steps", self.steps, 0)
+        low, colon, high = self.profile.partition(":")
+        ok = not self.profile or (colon == ":" and low.isdecimal() and high.isdecimal() and int(low) < int(high))
+        require(ok, "profile", self.profile, "must be FROM:TO, two numbers of updates that ascend", "20:25")
         folder = self.name or self.recipe
         require("/" not in folder, "name", folder, "must be a folder name without '/'", folder.rpartition("/")[2])

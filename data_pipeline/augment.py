@@ -92,9 +92,12 @@ def draw_mixing(seeds: Sequence[int], size: int, augment: Augment) -> tuple[torc
 def prepare(batch: Batch, augment: Augment, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """The network's input, (B, 3, H, W) of `dtype`: normalised and mixed in float32 on the batch's device."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    mean_C11, std_C11 = _colour_statistics(augment.mean, augment.std, batch.images_BCHW.device)
     x_BCHW = batch.images_BCHW.to(torch.float32, memory_format=layout)  # a copy, so that the rest may be in place
-    x_BCHW.sub_(mean_C11).div_(std_C11)
+    # Whole rows at a time where the colours lie side by side: three values are too few for a vector.
+    count, colours, height, width = x_BCHW.shape
+    rows = x_BCHW.permute(0, 2, 3, 1).view(count, height, width * colours) if channels_last else x_BCHW
+    mean, std = _colour_statistics(augment.mean, augment.std, x_BCHW.device, width if channels_last else 0)
+    rows.sub_(mean).div_(std)
     if batch.kept_B is not None and batch.boxes_B4 is not None:
         share_B1HW = _own_share(batch.kept_B, batch.boxes_B4, x_BCHW.shape[-2], x_BCHW.shape[-1])
         x_BCHW = x_BCHW * share_B1HW + _swap_pairs(x_BCHW) * (1 - share_B1HW)
@@ -103,10 +106,15 @@ def prepare(batch: Batch, augment: Augment, dtype: torch.dtype, channels_last: b
 
 @functools.cache
 def _colour_statistics(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation on the scale of uint8, (3, 1, 1), made once per device: a copy to a GPU waits."""
-    return tuple(torch.tensor(values, device=device).mul(255.0).view(3, 1, 1) for values in (mean, std))  # type: ignore[return-value]
+    """Mean and standard deviation on the scale of uint8, made once per device: a copy to a GPU waits.
+
+    (3, 1, 1), or with a `width` (3 width,) for a row of pixels whose colours lie side by side.
+    """
+    found = [torch.tensor(values, device=device).mul(255.0) for values in (mean, std)]
+    mean_C, std_C = (values.repeat(width) if width else values.view(3, 1, 1) for values in found)
+    return mean_C, std_C
 
 
 def targets(batch: Batch, classes: int, smoothing: float, loss: Literal["softmax", "sigmoid"]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What a data set on disk consists of, checked before anything is read.
 
-    DIR/manifest.json            form and version, data card, kind of labels, vocabulary, label counts, splits
+    DIR/manifest.json            form and version, data card, kind of labels, vocabulary, label counts, splits;
+                                 of adopted tars with labels in an unusual place, label_field
     DIR/<split>.parquet          one row per shard: path (relative to DIR), samples, bytes, sha256
     DIR/<split>/shard-000000.tar and .idx      samples and sidecar (`data_pipeline.shard`)
 
@@ -14,7 +15,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from configs.errors import InputError, unknown
 from configs.schema import Data
 from data_pipeline.cache import Cache, cache_of
 from data_pipeline.errors import DataError, StoreError
+from data_pipeline.members import PLAIN, Labelling
 from data_pipeline.rows import Row, ShardPaths, check_rows, fingerprint, inside, pack_rows, read_rows
 from data_pipeline.shard import sidecar_bytes, sidecar_path
 from data_pipeline.store import check_root, is_url, join, read_small
@@ -36,6 +38,10 @@ VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26
 CHECKED_AT_ONCE = 1000  # shards of a folder that are looked for when it is opened
+MAKERS = (
+    "`coatnet data build SOURCE --out DIR` makes a data set of pictures, `coatnet data adopt TAR ... --out DIR` of "
+    "existing WebDataset tars, `coatnet data demo --out DIR` a small one"
+)
 
 LabelKind = Literal["single", "multi"]
 
@@ -51,6 +57,7 @@ class Source:
     weight: int = 1  # its positions in every cycle of the mixture; weights are in lowest terms
     samples: int = 0
     fingerprint: str = ""  # of its own split
+    labelling: Labelling = field(default=PLAIN, compare=False)  # part of the fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +72,7 @@ class Split:
     shard_paths: Sequence[str]
     rows: Sequence[Row]
     sources: tuple[Source, ...] = ()  # of a mixture, in the order of their shards; empty: one data set alone
+    labelling: Labelling = PLAIN  # of one data set alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +86,7 @@ class Dataset:
     splits: Mapping[str, Split]
     label_counts: tuple[int, ...] | None = None  # training samples that carry each class; None: not counted
     synthetic: bool = False  # made up as it is read, from no files (`data_pipeline.synthetic`)
+    resampled: bool = False  # the training split is tars without an index (`data_pipeline.resample`)
 
     @property
     def classes(self) -> int:
@@ -92,14 +101,15 @@ class Dataset:
         """
         if name not in self.splits and name in ("train", "heldout"):
             raise InputError(
-                f"{self.root}: has no split {name!r}, only {', '.join(self.splits)}; build the data set again with both"
+                f"{self.root}: has no split {name!r}, only {', '.join(self.splits)}; build it again with both, "
+                f"or of .beton files give both: TRAIN.beton,HELDOUT.beton"
             )
         if name not in self.splits:
             raise unknown(f"split of {self.root}", name, self.splits)
         return self.splits[name]
 
 
-def open_dataset(path: str | Path, data: Data | None = None) -> Dataset:
+def open_dataset(path: str | Path, data: Data | None = None, look: bool = True) -> Dataset:
     """The data set in folder or at URL `path`, its manifest checked.
 
     The shards of a folder with up to CHECKED_AT_ONCE are looked for here; those of a larger one, or behind a URL, when
@@ -108,6 +118,7 @@ def open_dataset(path: str | Path, data: Data | None = None) -> Dataset:
     Args:
         path: of the data set.
         data: how a URL is fetched and where its files are kept; None: the defaults.
+        look: for the shards of a small folder; without, a missing one is found when it is read.
 
     Raises:
         DataError: missing folder, missing, damaged or foreign manifest, missing or truncated shard.
@@ -116,9 +127,7 @@ def open_dataset(path: str | Path, data: Data | None = None) -> Dataset:
     data = data or Data()
     root = check_root(str(path), data.pipe) if is_url(str(path)) else str(Path(path))
     if not is_url(root) and (not str(path) or "\0" in root or not os.path.isdir(root)):
-        raise DataError(
-            f"data.path = {str(path)!r}: no such folder; `coatnet data demo --out DIR` makes a small data set"
-        )
+        raise DataError(f"data.path = {str(path)!r}: no such folder; {MAKERS}")
     cache = cache_of(data, root)
     where = join(root, MANIFEST)
     content = _read_manifest(where, cache)
@@ -133,7 +142,15 @@ def open_dataset(path: str | Path, data: Data | None = None) -> Dataset:
     if not isinstance(card, dict) or not isinstance(entries, dict) or not entries:
         raise DataError(f"{where}: card and splits must be tables, splits not empty")
     counts = _label_counts(content.get("label_counts"), len(vocabulary), where)
-    splits = {name: _open_split(root, name, entry, kind, vocabulary, cache) for name, entry in entries.items()}
+    label_field = content.get("label_field", "")
+    if not isinstance(label_field, str) or ("label_field" in content and not label_field):
+        raise DataError(f"{where}: label_field = {label_field!r}: must be the name of a field of the json members")
+    labelling = Labelling(label_field, {name: number for number, name in enumerate(vocabulary)} if label_field else {})
+    labels: tuple[LabelKind, list[str], Labelling] = ("single" if kind == "single" else "multi", vocabulary, labelling)
+    splits = {name: _open_split(root, name, entry, labels, cache) for name, entry in entries.items()}
+    if look and not is_url(root):
+        for split in splits.values():
+            _look(split)
     return Dataset(root, kind, tuple(vocabulary), card, splits, counts)
 
 
@@ -148,8 +165,8 @@ def _read_manifest(path: str, cache: Cache | None) -> dict[str, object]:
         content = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None
     except FileNotFoundError as error:
         raise DataError(
-            f"{path}: no manifest: not a data set, or a build that was not finished; "
-            f"`coatnet data demo --out {os.path.dirname(path)}` makes or completes the demo's"
+            f"{path}: no manifest: not a data set, or a build that was not finished, which the same command finishes; "
+            f"{MAKERS}"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
@@ -176,9 +193,10 @@ def _label_counts(found: object, classes: int, where: str) -> tuple[int, ...] | 
 
 
 def _open_split(
-    root: str, name: str, entry: object, kind: LabelKind, vocabulary: Sequence[str], cache: Cache | None
+    root: str, name: str, entry: object, labels: tuple[LabelKind, Sequence[str], Labelling], cache: Cache | None
 ) -> Split:
-    """One split of the manifest: its Parquet file read and checked, its shards found if they are here and few."""
+    """One split of the manifest, whose `labels` are of that kind, vocabulary and place: its Parquet file checked."""
+    kind, vocabulary, labelling = labels
     where = f"{join(root, MANIFEST)}: split {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"samples", "shards", "index", "sha256", "fingerprint"}:
         raise DataError(f"{where}: must have samples, shards, index, sha256 and fingerprint, nothing else")
@@ -197,13 +215,21 @@ def _open_split(
     check_rows(rows, root, index)
     counts, paths = rows.counts(), ShardPaths(root, rows)
     stated = (entry["samples"], entry["shards"], entry["fingerprint"])
-    found = (int(counts.sum()), len(rows), fingerprint(kind, vocabulary, rows))
+    found = (int(counts.sum()), len(rows), fingerprint(kind, vocabulary, rows, labelling.field))
     if stated != found:
         raise DataError(f"{where}: says (samples, shards, fingerprint) = {stated}, {index} holds {found}")
-    if not is_url(root) and len(rows) <= CHECKED_AT_ONCE:
-        for path, row in zip(paths, rows, strict=True):
+    return Split(name, root, found[0], counts, found[2], paths, rows, labelling=labelling)
+
+
+def _look(split: Split) -> None:
+    """Find the shards of a split in a folder, if they are few.
+
+    Raises:
+        StoreError: see `check_files`.
+    """
+    if len(split.rows) <= CHECKED_AT_ONCE:
+        for path, row in zip(split.shard_paths, split.rows, strict=True):
             check_files(path, row)
-    return Split(name, root, found[0], counts, found[2], paths, rows)
 
 
 def check_files(path: str, row: Row) -> None:

@@ -6,8 +6,9 @@ are refused. Python's own `tarfile` takes ten times as long, and skips what it d
 """
 
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
@@ -22,6 +23,7 @@ MAX_NAME_BYTES = 1 << 14  # of a long name or of a member's pax records
 # name, size, checksum, type, magic and version, prefix
 _HEADER = Struct("100s24x12s12x8sc100x8s80x155s12x")
 _EMPTY = bytes(TAR_BLOCK)
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")
 _POSIX, _GNU, _OLD = b"ustar\x0000", b"ustar  \x00", bytes(8)
 _CHECKSUM = slice(148, 156)
 
@@ -40,6 +42,20 @@ class Sample:
     weights: tuple[float, ...] = ()
 
 
+class Labelling(NamedTuple):
+    """Where the labels of a data set's samples are, if its tars were adopted with labels in an unusual place.
+
+    `field` of the `json` member (`a.b`: of a table in it) has a name or an index, or a list of them; `names` are the
+    indices of the names. An empty `field`: `cls`, or the indices in the field `labels`.
+    """
+
+    field: str
+    names: Mapping[str, int]
+
+
+PLAIN = Labelling("", {})
+
+
 class Member(NamedTuple):
     """A file in a tar: its name, and its content's bytes [begin, end)."""
 
@@ -48,7 +64,7 @@ class Member(NamedTuple):
     end: int
 
 
-def parse(data: bytes, classes: int) -> Sample:
+def parse(data: bytes, classes: int, labelling: Labelling = PLAIN) -> Sample:
     """The sample whose tar members are `data`: one picture, and its labels in `cls` or `json`; others are ignored.
 
     Raises:
@@ -71,8 +87,8 @@ def parse(data: bytes, classes: int) -> Sample:
         if len(pictures) != 1:
             raise Damage(f"needs one member of {PICTURE_EXTENSIONS}, has {sorted(found)}")
         picture = found[pictures[0]]
-        labels, weights = _labels(
-            {name: data[m.begin : m.end] for name, m in found.items() if name in LABEL_EXTENSIONS}, classes
+        labels, weights = labels_of(
+            {name: data[m.begin : m.end] for name, m in found.items() if name in LABEL_EXTENSIONS}, classes, labelling
         )
     except Damage as error:
         raise Damage(f"key {key!r}: {error}", key or "") from error
@@ -191,10 +207,12 @@ def _records(content: bytes) -> dict[str, str]:
     return found
 
 
-def _labels(contents: dict[str, bytes], classes: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def labels_of(
+    contents: dict[str, bytes], classes: int, labelling: Labelling = PLAIN
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Labels and, of soft labels, their weights: in `cls`, a number, or `json`, {"labels": [...], "weights": [...]}.
 
-    Beside a `cls`, a `json` without "labels" is somebody's notes.
+    Beside a `cls`, a `json` without "labels" is somebody's notes. With a `labelling` of its own, what it says.
 
     Raises:
         Damage: none or both, or labels or weights out of range.
@@ -202,6 +220,8 @@ def _labels(contents: dict[str, bytes], classes: int) -> tuple[tuple[int, ...], 
     weights: object = []
     try:
         notes = json.loads(contents["json"]) if "json" in contents else {}
+        if labelling.field:
+            return _labels_in(notes, classes, labelling), ()
         stated = notes if isinstance(notes, dict) and "labels" in notes else {}
         if not contents or ("cls" in contents and stated):
             raise Damage(f"needs labels in either a cls or a json member, has them in {sorted(contents)}")
@@ -221,3 +241,28 @@ def _labels(contents: dict[str, bytes], classes: int) -> tuple[tuple[int, ...], 
     if weights and (len(weights) != len(labels) or len(set(labels)) != len(labels)):
         raise Damage(f"weights {str(weights)[:100]}: must be as many as the labels, which must be distinct")
     return tuple(labels), tuple(float(weight) for weight in weights)
+
+
+def _labels_in(notes: object, classes: int, labelling: Labelling) -> tuple[int, ...]:
+    """Labels in a field of a `json` member, each once.
+
+    Raises:
+        Damage: there is no such field, or it has another form, or names what is no class.
+    """
+    value = notes
+    for name in labelling.field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise Damage(f"json has no field {labelling.field!r}, which is to hold its labels")
+        value = value[name]
+    labels = []
+    for entry in value if isinstance(value, list) else [value]:
+        word = str(entry)
+        if type(entry) not in (str, int):
+            raise Damage(f"label {word[:100]!r}: must be a name or a whole number")
+        try:
+            labels.append(labelling.names[word])
+        except KeyError:
+            if not _INDEX.fullmatch(word) or int(word) >= classes:
+                raise Damage(f"label {word[:100]!r}: is no class of the data set") from None
+            labels.append(int(word))
+    return tuple(dict.fromkeys(labels))

@@ -54,7 +54,7 @@ def _merged(name: str, datasets: Sequence[Dataset], weights: Sequence[int], tabl
     sources, first = [], 0
     for dataset, split, weight, table in parts:
         identity = dataset.root, weight, split.samples, split.fingerprint
-        sources.append(Source(first, dataset.classes, table, *identity))
+        sources.append(Source(first, dataset.classes, table, *identity, labelling=split.labelling))
         first += len(split.counts)
     splits = [split for _, split, _, _ in parts]
     canonical = json.dumps([[source.fingerprint, source.translate] for source in sources])

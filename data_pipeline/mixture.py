@@ -20,8 +20,9 @@ from typing import Self
 
 import numpy as np
 
+from configs.data_rules import MAX_CYCLE
 from configs.errors import InputError
-from configs.schema import MAX_CYCLE, Run
+from configs.schema import Run
 from data_pipeline.manifest import Source, Split
 from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.permutation import CYCLES, SOURCES, Ints, keyed, permute

@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 # Domains keep the keys of different purposes apart.
-SHARDS, PIECES, AUGMENT, CYCLES, SOURCES, STAND_INS = 1, 2, 3, 4, 5, 6
+SHARDS, PIECES, AUGMENT, CYCLES, SOURCES, STAND_INS, STREAMS = 1, 2, 3, 4, 5, 6, 7
 
 
 def keyed(domain: int, seed: int, *parts: Ints) -> Words:

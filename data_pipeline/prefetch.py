@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from configs.schema import Data
+from data_pipeline.beton import is_beton
 from data_pipeline.cache import Cache, cache_of
 from data_pipeline.manifest import CHECKED_AT_ONCE, Split, check_files
+from data_pipeline.members import Labelling
 from data_pipeline.shard import OPEN_SHARDS, OpenShards, sidecar_path
 
 Ints = NDArray[np.int64]
@@ -43,12 +45,17 @@ class Fetched:
 
     def open(self) -> OpenShards:
         """The split's shards, to be read in this process."""
+        if is_beton(self._split.root):
+            from data_pipeline.ffcv import BetonShards  # here, because it imports torch
+
+            return BetonShards(self._split)
         paths, counts = self._split.shard_paths, self._split.counts
         if not any(self._caches):
-            return OpenShards(paths, counts, locate=self._in_place if len(paths) > CHECKED_AT_ONCE else None)
+            locate = self._in_place if len(paths) > CHECKED_AT_ONCE else None
+            return OpenShards(paths, counts, locate=locate, labelling=self._labelling)
         largest = max(row.bytes for row in self._split.rows)
         limit = min(OPEN_SHARDS, max(8, self.share // largest))
-        return OpenShards(paths, counts, limit, self.path, self._renew)
+        return OpenShards(paths, counts, limit, self.path, self._renew, self._labelling)
 
     def cached(self, shard: int) -> bool:
         """Whether the shard is read from the cache."""
@@ -72,6 +79,12 @@ class Fetched:
         cache = self._cache(shard)
         if cache:
             cache.renew(*self._copy(shard))
+
+    def _labelling(self, shard: int) -> Labelling:
+        """Where the labels of the shard's samples are."""
+        if not self._split.sources:
+            return self._split.labelling
+        return self._split.sources[int(np.searchsorted(self._first, shard, side="right")) - 1].labelling
 
     def _cache(self, shard: int) -> Cache | None:
         """The cache that the shard's data set is read through; None: it is read where it lies."""

@@ -1,10 +1,11 @@
 """Whole batches of one split: found in the run's order, read from their shards by offset, decoded, augmented."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from configs.schema import Run
 from data_pipeline.augment import draw_mixing, eval_view, train_view
@@ -19,6 +20,8 @@ from data_pipeline.permutation import Ints
 from data_pipeline.prefetch import Ahead, Fetched
 from data_pipeline.shard import OpenShards
 from data_pipeline.synthetic import NoisePool
+
+Part = Literal["all", "labels", "seeds"]  # of a batch: everything, all but the pictures, what the order says
 
 
 class _View(NamedTuple):
@@ -35,10 +38,15 @@ class Reader(torch.utils.data.Dataset[Batch]):
     """Reads, decodes and augments whole batches of one split.
 
     With an `order`, indices are global sample indices of a training run; without, positions in the split.
+
+    Not every stage of a pipeline needs all of a batch (`Part`). One that needs the labels only does not decode, unless
+    the run replaces damaged samples: which ones are damaged shows when they are decoded, and all stages must agree.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, run: Run, order: Order | Mixture | None) -> None:
-        self._split, self._run, self._order = split, run, order
+    def __init__(
+        self, dataset: Dataset, split: Split, run: Run, order: Order | Mixture | None, part: Part = "all"
+    ) -> None:
+        self._split, self._run, self._order, self._part = split, run, order, part
         self._classes, self._multi = dataset.classes, dataset.label_kind == "multi"
         self._starts = np.concatenate([[0], np.cumsum(split.counts)])
         self._first_shards = np.array([source.first_shard for source in split.sources], dtype=np.int64)
@@ -73,6 +81,8 @@ class Reader(torch.utils.data.Dataset[Batch]):
             once, row = np.unique(indices_B, return_inverse=True)  # padding is decoded once
             shard = np.searchsorted(self._starts, once, side="right") - 1
             sample = once - self._starts[shard]
+        if self._part == "seeds":
+            return _only_seeds(seeds, indices_B, valid)
         if not self._synthetic:
             self._look_ahead(once, shard)
         places = zip(once.tolist(), shard.tolist(), sample.tolist(), strict=True)
@@ -95,7 +105,7 @@ class Reader(torch.utils.data.Dataset[Batch]):
 
     def _stacked(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
         """Pictures (3, H, W) as one tensor, in the memory format in which they are: see `augment.train_view`."""
-        if self._synthetic or (self._order is not None and self._run.augment.randaugment_layers):
+        if not self._synthetic and self._order is not None and self._run.augment.randaugment_layers:
             return torch.stack(list(pictures))
         return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
 
@@ -159,10 +169,11 @@ class Reader(torch.utils.data.Dataset[Batch]):
         try:
             if not self._multi and len(labels) != 1:
                 raise Damage(f"{len(labels)} labels in a data set of single labels")
+            if self._part == "labels" and run.data.on_damage == "stop":
+                return _View(torch.empty(3, 0, 0, dtype=torch.uint8), labels, stored.weights, stored.key)
             image_CHW = decode(stored.picture, run.data.max_pixels)
         except DataError as error:
-            opened = self._shards.get(shard)
-            where = f"{opened.path}: sample {number} at byte {int(opened.sidecar.offsets[number])}, key {stored.key!r}"
+            where = f"{self._shards.where(shard, number)}, key {stored.key!r}"
             if isinstance(error, Damage):
                 raise Damage(f"{where}: {error}", stored.key) from error
             raise DataError(f"{where}: {error}") from error
@@ -171,6 +182,18 @@ class Reader(torch.utils.data.Dataset[Batch]):
         else:
             view_CHW = train_view(image_CHW, size, run.augment, seed)
         return _View(view_CHW, labels, stored.weights, stored.key)
+
+
+def _only_seeds(seeds_B: Ints, indices_B: Ints, valid_B: NDArray[np.bool_]) -> Batch:
+    """A batch of which nothing was read."""
+    return Batch(
+        images_BCHW=torch.empty(len(seeds_B), 3, 0, 0, dtype=torch.uint8),
+        labels=torch.empty(len(seeds_B), 0, dtype=torch.int64),
+        seeds_B=torch.from_numpy(seeds_B),
+        indices_B=torch.from_numpy(indices_B),
+        valid_B=torch.from_numpy(valid_B),
+        keys=[],
+    )
 
 
 def _label_tensors(views: Sequence[_View], multi: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -210,9 +210,10 @@ def inside(root: str, relative: object, suffix: str, where: str) -> str:
     return join(root, str(pure))
 
 
-def fingerprint(kind: str, vocabulary: Sequence[str], rows: Sequence[Row]) -> str:
-    """sha256, in hex, over the kind of labels, the vocabulary and the rows in canonical form."""
-    digest = hashlib.sha256(json.dumps([kind, list(vocabulary)], ensure_ascii=True).encode())
+def fingerprint(kind: str, vocabulary: Sequence[str], rows: Sequence[Row], label_field: str = "") -> str:
+    """sha256, in hex, over the kind of labels, the vocabulary, where labels are, and the rows in canonical form."""
+    labels = [kind, list(vocabulary), *([label_field] if label_field else [])]
+    digest = hashlib.sha256(json.dumps(labels, ensure_ascii=True).encode())
     for piece in rows.canonical() if isinstance(rows, Rows) else map(canonical, rows):
         digest.update(piece)
     return digest.hexdigest()

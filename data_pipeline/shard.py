@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import Damage, DataError, StoreError
-from data_pipeline.members import PICTURE_EXTENSIONS, TAR_BLOCK, Sample, parse
+from data_pipeline.members import PICTURE_EXTENSIONS, PLAIN, TAR_BLOCK, Labelling, Sample, parse
 
 __all__ = ["PICTURE_EXTENSIONS", "OpenShards", "Sample", "parse", "read_sidecar"]
 
@@ -49,7 +49,7 @@ class OpenShard:
     descriptor: int
     sidecar: Sidecar
 
-    def read(self, number: int, classes: int) -> Sample:
+    def read(self, number: int, classes: int, labelling: Labelling = PLAIN) -> Sample:
         """Sample `number`, its bytes checked against the sidecar and its labels against `classes`.
 
         Raises:
@@ -76,7 +76,7 @@ class OpenShard:
                 f"{where}, key {name!r} if still readable: the bytes do not match their checksum; fetch the shard again"
             )
         try:
-            return parse(data, classes)
+            return parse(data, classes, labelling)
         except Damage as error:
             raise Damage(f"{where}: {error}", error.key) from error
 
@@ -91,6 +91,7 @@ class OpenShards:
         locate: the local path of a shard number, whole; its sidecar lies beside it.
         renew: has a copy looked at again whose samples are damaged. Given with the `locate` of a cache, whose files
             are locked while they are open so that no process evicts them.
+        labelling: of a shard number; None: all are plain.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class OpenShards:
         limit: int = OPEN_SHARDS,
         locate: Callable[[int], str] | None = None,
         renew: Callable[[int], None] | None = None,
+        labelling: Callable[[int], Labelling] | None = None,
     ) -> None:
         self._paths, self._counts, self._limit = paths, counts, limit
         self._locate, self._renew = locate, renew
+        self._labelling = labelling or (lambda shard: PLAIN)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def get(self, shard: int) -> OpenShard:
@@ -136,13 +139,18 @@ class OpenShards:
             DataError: the sample is damaged where the shard comes from: see `OpenShard.read`.
         """
         try:
-            return self.get(shard).read(number, classes)
+            return self.get(shard).read(number, classes, self._labelling(shard))
         except DataError as error:
             if self._renew is None or isinstance(error, StoreError):
                 raise
             self._close(shard)
             self._renew(shard)
-        return self.get(shard).read(number, classes)
+        return self.get(shard).read(number, classes, self._labelling(shard))
+
+    def where(self, shard: int, number: int) -> str:
+        """The place of a sample, for messages."""
+        opened = self.get(shard)
+        return f"{opened.path}: sample {number} at byte {int(opened.sidecar.offsets[number])}"
 
     def _descriptor(self, shard: int) -> tuple[str, int]:
         """Local path and descriptor of a shard, locked against eviction if it is a cache's.

@@ -283,8 +283,11 @@ def _file_system(scheme: str, timeout: float) -> Any:
         raise InputError(
             f"{scheme}:// needs the package {module} ({error}); pip install -e '.[{extra}]', or give data.pipe"
         ) from error
-    limits = {"connect_timeout": timeout, "read_timeout": timeout}
-    return fsspec.filesystem(scheme, **({"config_kwargs": limits} if scheme == "s3" else {}))
+    if scheme == "s3":
+        return fsspec.filesystem(scheme, config_kwargs={"connect_timeout": timeout, "read_timeout": timeout})
+    # Of silence, not of a whole request; left to itself gcsfs has none.
+    silence = importlib.import_module("aiohttp").ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    return fsspec.filesystem(scheme, requests_timeout=silence)
 
 
 def _piped(url: str, start: int, patience: Patience) -> Generator[Piece, None, None]:

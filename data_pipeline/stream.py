@@ -6,6 +6,8 @@ neither on their number nor on the number of ranks. They keep no state: the curs
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -18,25 +20,46 @@ from torch.utils.data import DataLoader
 
 from configs.errors import InputError
 from configs.schema import Run
+from configs.tars import resampled
+from data_pipeline import resample, synthetic
 from data_pipeline.augment import check_mixing
 from data_pipeline.batch import Batch
+from data_pipeline.beton import is_beton
 from data_pipeline.errors import DataError
+from data_pipeline.ffcv import in_time
 from data_pipeline.manifest import Dataset
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
-from data_pipeline.reader import Reader
-from data_pipeline.synthetic import open_data
+from data_pipeline.reader import Part, Reader
 
 __all__ = ["Batch", "heldout_loader", "open_data", "train_loader"]
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the rank's affair, not its loader's
+
+
+def open_data(run: Run) -> Dataset:
+    """The data of a run: tars without an index (`resample`), or one of those that `synthetic.open_data` opens.
+
+    Raises:
+        InputError, DataError: see there.
+    """
+    return resample.resampled_dataset(run.data) if resampled(run.data) else synthetic.open_data(run)
+
 
 def train_loader(
-    dataset: Dataset, run: Run, order: Order | Mixture, slices: Sequence[tuple[int, int]], start: int, steps: int
+    dataset: Dataset,
+    run: Run,
+    order: Order | Mixture,
+    slices: Sequence[tuple[int, int]],
+    start: int,
+    steps: int,
+    part: Part = "all",
 ) -> Iterator[Batch]:
     """One rank's micro-batches for `steps` optimizer steps, from global sample index `start` on.
 
     Step s reads the global batch [start + s * B, start + (s + 1) * B), B = run.data.global_batch; its micro-step m
-    takes the positions `slices[m]` inside it (`trainer.plan.Layout.slices`). They come in that order.
+    takes the positions `slices[m]` inside it (`trainer.plan.Layout.slices`). They come in that order, as whole batches
+    or as the `part` of them that a stage of a pipeline needs.
 
     Raises:
         InputError: a slice outside the batch, or one that parts a mixing pair.
@@ -51,21 +74,24 @@ def train_loader(
     if order.counts.shape != split.counts.shape or (order.counts != split.counts).any():
         raise InputError(f"the order was made for other shards than {split.root}'s split {split.name!r}")
     ranges = _Ranges(start, batch, tuple(slices), steps)
-    return _batches(Reader(dataset, split, run, order), ranges, run)
+    kind = resample.Resampled if dataset.resampled else Reader
+    return _batches(kind(dataset, split, run, order, part), ranges, run)
 
 
-def heldout_loader(dataset: Dataset, split: str, run: Run, rank: int, world: int) -> Iterator[Batch]:
+def heldout_loader(
+    dataset: Dataset, split: str, run: Run, rank: int, world: int, part: Part = "all"
+) -> Iterator[Batch]:
     """One rank's share of `split` in evaluation views, each sample exactly once over all ranks.
 
     Every rank gets equally many batches of one size, at most run.evaluate.micro_batch, because ranks that hold
     partitioned weights must run equally many forward passes. In pass s rank r reads the (s * world + r)-th chunk
     of the split; past its end the last sample is repeated with `valid_B` False. More ranks than samples is fine.
     """
-    part = dataset.split(split)
-    passes = -(-part.samples // (world * run.evaluate.micro_batch))
-    chunk = -(-part.samples // (world * passes))
+    held_out = dataset.split(split)
+    passes = -(-held_out.samples // (world * run.evaluate.micro_batch))
+    chunk = -(-held_out.samples // (world * passes))
     ranges = _Ranges(0, world * chunk, ((rank * chunk, (rank + 1) * chunk),), passes)
-    return _batches(Reader(dataset, part, run, None), ranges, run)
+    return _batches(Reader(dataset, held_out, run, None, part), ranges, run)
 
 
 class _Ranges:
@@ -85,6 +111,12 @@ class _Ranges:
 
 
 def _batches(reader: Reader, ranges: _Ranges, run: Run) -> Iterator[Batch]:
+    """The batches of `ranges`; from FFCV's files the first one in time."""
+    batches = _loaded(reader, ranges, run)
+    return in_time(batches, run.data.path) if is_beton(run.data.path) else batches
+
+
+def _loaded(reader: Reader, ranges: _Ranges, run: Run) -> Iterator[Batch]:
     """The batches of `ranges`, prepared ahead by run.data.workers processes (0: in this one)."""
     workers = run.data.workers
     loader: DataLoader[Batch] = DataLoader(
@@ -114,6 +146,14 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_pipeline.stream"])  # imported once, not once per worker
+    # The server must outlive a scheduler's signals as its workers do: once it is gone, torch takes them for dead as
+    # soon as a batch is five seconds late.
+    multiprocessing.resource_tracker.ensure_running()  # else the server starts it, and that unblocks two of them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -123,7 +163,7 @@ def _start_worker(worker: int) -> None:
     A scheduler signals every process of a job. The rank answers by finishing its step and saving, for which it still
     needs its workers; they end when it tells them to, or with it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -178,10 +178,9 @@ def _stem(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Segment, ...]:
     taps, width = spec.kernel**2, block.width
     map_BCN = at.values(prod(block.grid), width)
     first = _picture(block, at) | {"conv1 weights": at.cast(taps * block.width_in * width)}
-    source = {"conv1": map_BCN}
-    second = source | _batch_norm("norm", width)
+    second = {"conv1": map_BCN} | _batch_norm("norm", width)
     second |= {"norm": map_BCN, "gelu": map_BCN, "conv2 weights": at.cast(taps * width * width)}
-    return Segment(first), Segment(second, source)
+    return Segment(first), Segment(second)
 
 
 def _patches(spec: Spec, block: BlockSpec, at: Setting) -> tuple[Segment, ...]:

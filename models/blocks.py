@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models import drop_path
 from models.attention import Backend, Lookup, RelativeAttention, Segment, plainly
 from models.design import BlockSpec, ConvNorm, Spec, Stride
+from models.gelu import gelu
 from models.norm import BatchNorm
 
 LAYER_NORM_EPS = 1e-5
@@ -71,11 +72,8 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(width, width, spec.kernel, padding=padding)
 
     def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, segment: Segment = plainly) -> Tensor:
-        """(B, 3, H, W) to (B, C, H/2, W/2)."""
-        return segment(self._second, self.conv1(x_BCHW))
-
-    def _second(self, y_BCHW: Tensor) -> Tensor:
-        result: Tensor = self.conv2(_gelu(self.norm(y_BCHW)))
+        """(B, 3, H, W) to (B, C, H/2, W/2); no segments: its two maps are cheap to keep, dear to make again."""
+        result: Tensor = self.conv2(gelu(self.norm(self.conv1(x_BCHW))))
         return result
 
 
@@ -131,11 +129,11 @@ class MBConv(nn.Module):
         return result
 
     def _spread(self, y_BCHW: Tensor) -> Tensor:
-        result: Tensor = self.depthwise(_gelu(self.norm_expand(y_BCHW)))
+        result: Tensor = self.depthwise(gelu(self.norm_expand(y_BCHW)))
         return result
 
     def _project(self, y_BCHW: Tensor) -> Tensor:
-        y_BCHW = _gelu(self.norm_depthwise(y_BCHW))
+        y_BCHW = gelu(self.norm_depthwise(y_BCHW))
         y_BCHW, mean_BC11 = _WithMean.apply(y_BCHW)
         gate_BC11 = torch.sigmoid(self.excite(F.silu(self.squeeze(mean_BC11))))
         result: Tensor = self.project(y_BCHW * gate_BC11)
@@ -220,7 +218,7 @@ class Transformer(nn.Module):
         return result
 
     def _narrow(self, x_BNC: Tensor) -> Tensor:
-        result: Tensor = self.narrow(_gelu(x_BNC))
+        result: Tensor = self.narrow(gelu(x_BNC))
         return result
 
 
@@ -243,11 +241,6 @@ class Head(nn.Module):
 
 
 Block = Stem | Patches | MBConv | Transformer | Head
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (COATNET.md section 2)."""
-    return F.gelu(x, approximate="tanh")
 
 
 def _join(identity: Tensor, branch: Tensor, drop_SB: Tensor | None, sub_layer: int) -> Tensor:

@@ -47,6 +47,7 @@ class Card:
         versions: of the packages that trained them.
         license: as the exporter states it; empty: not stated.
         names: whose tensor names the file uses; in memory they are always ours.
+        loss: what made the logits: with sigmoid every class is a decision of its own.
     """
 
     spec: Spec
@@ -62,6 +63,7 @@ class Card:
     versions: dict[str, str] = field(default_factory=dict)
     license: str = ""
     names: Literal["coatnet", "timm"] = "coatnet"
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     format: int = FORMAT
 
 

@@ -26,8 +26,9 @@ class CoAtNet(nn.Module):
     Attributes:
         spec, classes: what it was built from.
         resolution: (height, width) in pixels; the relative-bias tables belong to it.
-        drop_rates: (S,) of every sub-layer in order.
+        drop_rates: (S,) of every sub-layer of the whole network in order.
         drop_group: samples of which stochastic depth drops an exact count; 0: each drops by itself.
+        part: (first, last) of the flat list that is left, see `cut`; the whole list of a network that is not cut.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class CoAtNet(nn.Module):
         self.drop_group = drop_group
         self.blocks = nn.ModuleDict()
         for block in spec.blocks(resolution):
-            if block.stage not in self.blocks:
-                self.blocks[block.stage] = nn.ModuleList()
-            cast(nn.ModuleList, self.blocks[block.stage]).append(make(block))
+            _, stage, index = block.name.split(".")
+            if stage not in self.blocks:
+                self.blocks[stage] = nn.ModuleDict()
+            cast(nn.ModuleDict, self.blocks[stage])[index] = make(block)
+        self.part = (0, len(self.flat))
         self.drop_rates = tuple(rate for _, block in self.flat for rate in block.drop_rates)
+        self._first_drop = 0
 
     @property
     def flat(self) -> list[tuple[str, Block]]:
@@ -50,11 +54,31 @@ class CoAtNet(nn.Module):
         return [
             (f"blocks.{stage}.{index}", cast(Block, block))
             for stage, blocks in self.blocks.items()
-            for index, block in enumerate(cast(nn.ModuleList, blocks))
+            for index, block in cast(nn.ModuleDict, blocks).items()
         ]
 
+    def cut(self, first: int, last: int) -> None:
+        """Keep the blocks [first, last) of the flat list only, under their names: a stage of a pipeline.
+
+        Its forward takes what the block before `first` gives and returns what the block before `last` does. Stochastic
+        depth's factors stay those of the whole network.
+
+        Raises:
+            ValueError: no such part of a network that is whole.
+        """
+        blocks = self.flat
+        if self.part != (0, len(blocks)) or not 0 <= first < last <= len(blocks):
+            raise ValueError(f"{self.spec.name}: no part [{first}, {last}) of the blocks {self.part}")
+        self._first_drop = sum(len(block.drop_rates) for _, block in blocks[:first])
+        self.part = (first, last)
+        for name, _ in blocks[:first] + blocks[last:]:
+            _, stage, index = name.split(".")
+            del cast(nn.ModuleDict, self.blocks[stage])[index]
+        for stage in [stage for stage, left in self.blocks.items() if not len(cast(nn.ModuleDict, left))]:
+            del self.blocks[stage]
+
     def forward(self, x_BCHW: Tensor, drop_SB: Tensor | None = None, run: RunBlock | None = None) -> Tensor:
-        """Logits (B, K) of pictures (B, 3, H, W).
+        """Logits (B, K) of pictures (B, 3, H, W); of a stage that was cut, its last block's output of its input.
 
         Args:
             x_BCHW: float, of the resolution the network was built for.
@@ -100,14 +124,14 @@ class CoAtNet(nn.Module):
         self, x_BCHW: Tensor, drop_SB: Tensor | None, run: RunBlock | None, head: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """Every block's name and output in order; without `head`, those before it. Raises as `forward` does."""
-        if tuple(x_BCHW.shape[1:]) != (3, *self.resolution):
+        if self.part[0] == 0 and tuple(x_BCHW.shape[1:]) != (3, *self.resolution):
             raise ValueError(f"{self.spec.name}: pictures {tuple(x_BCHW.shape)}, built for (B, 3, *{self.resolution})")
         if drop_SB is not None and drop_SB.shape != (len(self.drop_rates), len(x_BCHW)):
             raise ValueError(
                 f"{self.spec.name}: stochastic depth's factors {tuple(drop_SB.shape)}, must be "
                 f"{(len(self.drop_rates), len(x_BCHW))}"
             )
-        x, first = x_BCHW, 0
+        x, first = x_BCHW, self._first_drop
         for name, block in self.flat if head else self.flat[:-1]:
             last = first + len(block.drop_rates)
             drop = drop_SB[first:last] if drop_SB is not None and last > first else None
@@ -136,8 +160,9 @@ def compile_blocks(model: CoAtNet, backend: str = "inductor") -> None:
     # A network has a dozen kinds of blocks, each in training, recomputation and evaluation; torch gives up after eight.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for _, block in model.flat[:-1]:
-        block.__dict__["forward"] = torch.compile(block.forward, dynamic=False, backend=backend)
+    for _, block in model.flat:
+        if not isinstance(block, Head):
+            block.__dict__["forward"] = torch.compile(block.forward, dynamic=False, backend=backend)
 
 
 def build(
@@ -191,8 +216,14 @@ def build(
         return CoAtNet(spec, resolution, classes, drop_group, make)
 
 
-def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias: float | Tensor = 0.0) -> None:
-    """Move `model` to `device` with fresh weights that depend on (seed, parameter name) alone.
+def initialise(
+    model: CoAtNet,
+    seed: int,
+    device: torch.device | str,
+    head_bias: float | Tensor = 0.0,
+    ready: Callable[[Block], object] | None = None,
+) -> None:
+    """Move `model` to `device` with fresh weights that depend on (seed, parameter name) alone, block by block.
 
     Everything is filled with NaN first, so that a forgotten weight cannot hide.
 
@@ -201,22 +232,24 @@ def initialise(model: CoAtNet, seed: int, device: torch.device | str, head_bias:
         seed: any integer.
         device: where the model goes.
         head_bias: the classifier's bias, one value or (K,).
+        ready: is called with each block when it has its weights, before the next one is made.
 
     Raises:
         RuntimeError: a parameter or buffer was not given a value.
     """
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.fill_(torch.nan)
     for name, block in model.flat:
+        block.to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*block.parameters(), *block.buffers()):
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
         initialise_block(name, block, seed, model.spec.kernel_std, head_bias)
-    forgotten = [
-        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.isnan().any().item()
-    ]
-    if forgotten:
-        raise RuntimeError(f"initialise: no initial value for {', '.join(forgotten)}")
+        held = (*block.named_parameters(prefix=name), *block.named_buffers(prefix=name))
+        forgotten = [path for path, tensor in held if tensor.isnan().any().item()]
+        if forgotten:
+            raise RuntimeError(f"initialise: no initial value for {', '.join(forgotten)}")
+        if ready is not None:
+            ready(block)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ Offline, in a few lines:
 A file may be wrong in any way; what does not fit is refused by the tensor's name before it is used.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -147,32 +147,51 @@ def reset_classifier(weights: Weights, classes: int) -> Weights:
 
 @torch.no_grad()
 def fill(model: CoAtNet, tensors: Iterable[tuple[str, Tensor]], where: str, head: KeepOrReset = "keep") -> None:
-    """Give a whole network its weights; relative-bias tables are resized to its resolution.
+    """Give a network its weights, or a part that was cut from one; see `fitted`, whose errors it raises.
 
     Args:
         model: on any device but meta.
         tensors: all of a network's, by name.
         where: their file, for messages.
         head: "reset" leaves the classifier as it is.
+    """
+    targets = model.state_dict()
+    for name, value in fitted(model, tensors, where, head):
+        targets[name].copy_(value)
+
+
+def fitted(
+    model: CoAtNet, tensors: Iterable[tuple[str, Tensor]], where: str, head: KeepOrReset = "keep"
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they go into a network, or into a part that was cut from one: tables resized to its resolution.
+
+    Args:
+        model: on any device, meta too: only its shapes count.
+        tensors: all of a network's, by name.
+        where: their file, for messages.
+        head: "reset" leaves out the classifier's.
 
     Raises:
         InputError: a tensor that is missing, unknown, of another shape or not finite, by name, and what to do.
     """
-    targets = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    elsewhere = {block.name for block in model.spec.blocks(model.resolution)} - {name for name, _ in model.flat}
     for name, value in tensors:
-        target = targets.pop(name, None)
-        if target is None:
+        shape = shapes.pop(name, None)
+        if shape is None and name.rsplit(".", name.count(".") - 2)[0] in elsewhere:
+            continue
+        if shape is None:
             raise InputError(f"{where}: tensor {name} is unknown to {model.spec.name}; it belongs to another network")
         if head == "reset" and name.startswith(CLASSIFIER):
             continue
         check_finite({name: value}, where)
-        if is_table(name) and value.dim() == 3 and value.shape[0] == target.shape[0]:
-            value = resize_table(value, *target.shape[1:])
-        if value.shape != target.shape:
-            raise InputError(_misshapen(where, name, tuple(value.shape), tuple(target.shape)))
-        target.copy_(value)
-    if targets:
-        raise InputError(f"{where}: has no tensor {min(targets)}; it does not hold a whole {model.spec.name}")
+        if is_table(name) and value.dim() == 3 and value.shape[0] == shape[0]:
+            value = resize_table(value, *shape[1:])
+        if tuple(value.shape) != shape:
+            raise InputError(_misshapen(where, name, tuple(value.shape), shape))
+        yield name, value
+    if shapes:
+        raise InputError(f"{where}: has no tensor {min(shapes)}; it does not hold a whole {model.spec.name}")
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], card: Card, where: str) -> None:

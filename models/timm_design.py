@@ -110,8 +110,8 @@ def spec_of(architecture: str, model_args: dict[str, Any], where: str) -> Spec:
         from timm.models import maxxvit
     except ImportError:
         raise InputError(
-            f"{where}: timm's own tables say what {architecture!r} is, and timm is not installed: pip install "
-            f"'coatnet[timm]'"
+            f"{where}: timm's own tables say what {architecture!r} is, and timm is not installed: pip install -e "
+            f"'.[timm]'"
         ) from None
     tables = maxxvit.model_cfgs
     bases = {name: base for name in dir(maxxvit) for base in (name.rpartition("_")[0], name) if base in tables}

@@ -68,12 +68,9 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], fo
         force: replace a file that is there.
 
     Raises:
-        InputError: the file is there, its ending is a pickle's, which `located` refuses, or it cannot be written.
+        InputError: see `check_out`; or it cannot be written.
     """
-    if file.suffix in PICKLES:
-        raise InputError(f"{file}: the ending {file.suffix} is a pickle's; nearest valid: {file.with_suffix(ENDING)}")
-    if file.exists() and not force:
-        raise InputError(f"{file}: is there already; --force replaces it, --out chooses another name")
+    check_out(file, force)
     aside = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +82,18 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], fo
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise InputError(f"{file}: cannot be written: {error}; choose another --out") from None
+
+
+def check_out(file: Path, force: bool) -> None:
+    """Refuse a file to write.
+
+    Raises:
+        InputError: it is there, or its ending is a pickle's, which `located` refuses.
+    """
+    if file.suffix in PICKLES:
+        raise InputError(f"{file}: the ending {file.suffix} is a pickle's; nearest valid: {file.with_suffix(ENDING)}")
+    if file.exists() and not force:
+        raise InputError(f"{file}: is there already; --force replaces it, --out chooses another name")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Mean average precision over ranks: exact, and never with the whole score matrix on one rank."""
+"""Average precision over ranks: exact, and never with the whole score matrix on one rank."""
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -27,33 +29,33 @@ def average_precision(scores_N: Tensor, positive_N: Tensor) -> float:
     return float((gained * precision).sum() / found[-1])
 
 
-def mean_average_precision(scores_NK: Tensor, positive_NK: Tensor, group: dist.ProcessGroup) -> float:
-    """Mean of `average_precision` over the classes that have a positive sample. A collective call.
+def average_precisions(scores_NK: Tensor, positive_NK: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`average_precision` of every class. A collective call.
 
     Args:
         scores_NK: this rank's samples, float on the CPU; ranks may hold different numbers of samples.
         positive_NK: bool.
 
     Returns:
-        The mean, the same on every rank; NaN if no class has a positive sample.
+        (K,) float64, the same on every rank; NaN for a class without a positive sample.
     """
     rank, world, classes = dist.get_rank(group), dist.get_world_size(group), scores_NK.shape[1]
     rows = torch.tensor([len(scores_NK)])
     every = [torch.zeros_like(rows) for _ in range(world)]
     dist.all_gather(every, rows, group=group)
     longest = max(int(count) for count in every)
-    total = torch.zeros(2, dtype=torch.float64)  # sum of average precisions, classes in it
+    found_K = torch.zeros(classes, dtype=torch.float64)
     for number, first in enumerate(range(0, classes, CHUNK)):
         part = slice(first, min(classes, first + CHUNK))
         scores = _gather(scores_NK[:, part].float(), longest, every, group)
         positive = _gather(positive_NK[:, part].float(), longest, every, group) > 0
         if number % world != rank:  # the chunks are shared out among the ranks
             continue
+        found_K[part] = math.nan
         for column in positive.any(0).nonzero().flatten().tolist():
-            total[0] += average_precision(scores[:, column], positive[:, column])
-            total[1] += 1
-    dist.all_reduce(total, group=group)
-    return float(total[0] / total[1])
+            found_K[first + column] = average_precision(scores[:, column], positive[:, column])
+    dist.all_reduce(found_K, group=group)
+    return found_K
 
 
 def _gather(values_NC: Tensor, longest: int, every: list[Tensor], group: dist.ProcessGroup) -> Tensor:

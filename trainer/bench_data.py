@@ -29,10 +29,10 @@ from data_pipeline.order import Order
 from data_pipeline.prefetch import Fetched
 from data_pipeline.stream import train_loader
 from models import cost, spec
-from trainer import bench, cluster, environment
+from trainer import bench, devices, environment
 from trainer.bench_others import BATCH, OTHERS, Feed, decode_and_crop
 
-MADE_UP = 512  # pictures of the made-up data set, of 500 x 400 pixels
+MADE_UP = 512  # pictures read of the made-up data set, of 500 x 400 pixels
 GPUS, DEVICE, MFU = 8, "NVIDIA H100", 0.4  # what a verdict takes for granted
 LIMIT = "decode + crop alone"
 
@@ -96,7 +96,7 @@ def measure(settings: Settings, recipe: Run | None = None) -> bench.Record:
     )
 
 
-def made_up(folder: Path, pictures: int = MADE_UP * 5 // 4) -> Dataset:
+def made_up(folder: Path, pictures: int) -> Dataset:
     """A data set of JPEGs in `folder`: noise of all sizes, the finest the faintest, as in photographs; about 58 KB."""
     made = [Picture(f"made-up/{n:05d}", "jpg", (n % 10,), str(n), partial(_jpeg, n)) for n in range(pictures)]
     vocabulary = [f"class {number}" for number in range(10)]
@@ -122,7 +122,9 @@ def _feed(settings: Settings, folder: Path) -> Feed:
     Raises:
         InputError: see `measure`.
     """
-    dataset = open_dataset(settings.path) if settings.path else made_up(folder / "set")
+    dataset = (
+        open_dataset(settings.path) if settings.path else made_up(folder / "set", settings.pictures * 5 // 4 + BATCH)
+    )
     split = dataset.split("train")
     count = min(settings.pictures, split.samples) // BATCH * BATCH
     if not count:
@@ -195,7 +197,7 @@ def _summary(samples: Mapping[str, list[float]], settings: Settings, size: float
 def _verdict(rates: list[float], recipe: Run) -> str:
     """How many cores of this machine feed a node of GPUs that train `recipe`."""
     counts = cost.count(spec.of(recipe.model), recipe.model.resolution)
-    peak = cluster.peak_of(DEVICE)
+    peak = devices.peak_of(DEVICE)
     assert peak is not None
     needed = GPUS * MFU * peak / (6 * counts.multiply_adds)
     return (

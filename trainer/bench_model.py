@@ -19,7 +19,7 @@ from configs.errors import InputError
 from models import coatnet, cost, norm, spec, timm_names
 from models.activations import Device, Dtype, Recompute, activations
 from models.design import Spec, Stride
-from trainer import bench, cluster, environment
+from trainer import bench, devices, environment
 from trainer.held_bytes import held_bytes
 from trainer.recompute import run_block
 
@@ -164,7 +164,7 @@ def measure(settings: Settings) -> bench.Record:
         | {"stride": settings.spec.stride, "held bytes": held, "counted bytes": counted(settings), "losses": losses},
         unit="seconds of the process's CPU time per step" if settings.in_cpu_time else "seconds per step",
         samples=samples,
-        summary=_summary(settings, samples, held, losses, cluster.peak_of(device)),
+        summary=_summary(settings, samples, held, losses, devices.peak_of(device)),
     )
 
 
@@ -187,7 +187,7 @@ def check(settings: Settings) -> None:
     try:
         import timm  # noqa: F401  # only whether it is there
     except ImportError:
-        raise InputError("--against timm: the package timm is missing; pip install 'coatnet[timm]'") from None
+        raise InputError("--against timm: the package timm is missing; pip install -e '.[timm]'") from None
 
 
 def timm_twin(model: coatnet.CoAtNet) -> nn.Module:

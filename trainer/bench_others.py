@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 import webdataset
+from numpy.typing import NDArray
 from torchvision.transforms import v2
 
 from configs.errors import InputError
@@ -81,13 +83,9 @@ def mosaicml(feed: Feed) -> Callable[[], object]:
     Raises:
         InputError: the package is missing.
     """
-    try:
-        streaming = importlib.import_module("streaming")
-    except ImportError as error:
-        raise InputError(
-            f"--against mosaicml: {error}; pip install mosaicml-streaming, into an environment of its own since it "
-            f"asks for an old numpy"
-        ) from None
+    streaming = _package(
+        "mosaicml", "streaming", "mosaicml-streaming, into an environment of its own since it asks for an old numpy"
+    )
     folder, crop = str(feed.folder / "mosaicml"), random_crop(feed.resolution)
     with streaming.MDSWriter(out=folder, columns={"picture": "bytes", "label": "int"}) as writer:
         for number, picture in enumerate(feed.pictures):
@@ -96,4 +94,114 @@ def mosaicml(feed: Feed) -> Callable[[], object]:
     return lambda: drain(((crop(decoded(found["picture"])), found["label"]) for found in samples), len(feed.pictures))
 
 
-OTHERS: dict[str, Callable[[Feed], Callable[[], object]]] = {"webdataset": plain_webdataset, "mosaicml": mosaicml}
+def energon(feed: Feed) -> Callable[[], object]:
+    """megatron-energon in this process, over the same pictures in one tar with its index, one after the other.
+
+    Raises:
+        InputError: the package is missing.
+    """
+    found = _package("energon", "megatron.energon", "megatron-energon")
+    flavors = _package("energon", "megatron.energon.flavors", "megatron-energon")
+    folder, crop = feed.folder / "energon", random_crop(feed.resolution)
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "all.tar"), encoder=False) as writer:
+        for number, picture in enumerate(feed.pictures):
+            writer.write({"__key__": f"{number:08d}", "jpg": picture, "cls": b"%d" % number})
+    whole = [("train", "all.tar")]
+    flavors.BaseWebdatasetFactory.prepare_dataset(folder, ["all.tar"], split_parts_patterns=whole, workers=1)
+    (folder / ".nv-meta" / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+
+    @found.stateless  # type: ignore[untyped-decorator]
+    def view(sample: dict[str, Any]) -> Any:
+        return found.TextSample(**found.basic_sample_keys(sample), text=(crop(decoded(sample["jpg"])), sample["cls"]))
+
+    encoder = type("Encoder", (found.DefaultTaskEncoder,), {"decoder": None, "cookers": [found.Cooker(view)]})
+    samples = found.get_loader(
+        found.get_val_dataset(
+            str(folder),
+            split_part="train",
+            worker_config=found.WorkerConfig(rank=0, world_size=1, num_workers=0),
+            batch_size=None,
+            task_encoder=encoder(),
+        )
+    )
+
+    def drained() -> None:
+        found = iter(samples)
+        drain((sample.text for sample in found), len(feed.pictures))
+        assert next(found, None) is None  # else the next round would begin where this one stopped
+
+    return drained
+
+
+class Pixels:
+    """The pictures decoded, by number, as FFCV's writer asks for them: uint8 (H, W, 3) and a label."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._pictures = feed.pictures
+
+    def __len__(self) -> int:
+        """Pictures."""
+        return len(self._pictures)
+
+    def __getitem__(self, number: int) -> tuple[NDArray[np.uint8], int]:
+        """Picture `number`, and it."""
+        return np.ascontiguousarray(decoded(self._pictures[number]).permute(1, 2, 0).numpy()), number
+
+
+def ffcv(feed: Feed) -> Callable[[], object]:
+    """FFCV, one thread, over the same pictures written again as JPEGs of their full size: its own crop, flip, batches.
+
+    Raises:
+        InputError: the package is missing.
+    """
+    advice = "ffcv numba pillow, after apt-get install libturbojpeg0-dev libopencv-dev pkg-config g++"
+    names = ("writer", "loader", "fields", "fields.decoders", "transforms")
+    writer, loader, fields, decoders, transforms = (_package("ffcv", f"ffcv.{name}", advice) for name in names)
+    ours, path, size = Augment(), str(feed.folder / "all.beton"), (feed.resolution, feed.resolution)
+    columns = {"image": fields.RGBImageField(write_mode="jpg", jpeg_quality=90), "label": fields.IntField()}
+    writer.DatasetWriter(path, columns, num_workers=1).from_indexed_dataset(Pixels(feed))
+    crop = decoders.RandomResizedCropRGBImageDecoder(size, ours.crop_scale, ours.crop_ratio)
+    flip, tensor, channels_first = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.ToTorchImage()
+    batches = loader.Loader(
+        path,
+        batch_size=BATCH,
+        num_workers=1,
+        order=loader.OrderOption.SEQUENTIAL,
+        os_cache=True,
+        pipelines={
+            "image": [crop, flip, tensor, channels_first],
+            "label": [decoders.IntDecoder(), transforms.ToTensor()],
+        },
+    )
+
+    def drained() -> None:
+        seen = sum(len(labels) for _, labels in batches)
+        assert seen == len(feed.pictures)
+
+    return drained
+
+
+def _package(reader: str, module: str, what: str) -> Any:
+    """A module of somebody's package.
+
+    Args:
+        reader: the value of --against.
+        module: its name.
+        what: to give to pip.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise InputError(f"--against {reader}: {error}; pip install {what}") from None
+
+
+OTHERS: dict[str, Callable[[Feed], Callable[[], object]]] = {
+    "webdataset": plain_webdataset,
+    "mosaicml": mosaicml,
+    "energon": energon,
+    "ffcv": ffcv,
+}

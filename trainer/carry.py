@@ -1,23 +1,26 @@
-"""Carries a run folder's lines to every destination the run names: `python -m trainer.carry RUN [--follow]`.
+"""Carries a run folder's lines to every destination it names: `python -m trainer.carry RUN [--follow] [--uri URI]`.
 
 Each destination has a thread and a position of its own: one that fails or hangs neither stops nor delays the others.
 A failed one is opened again from its position every half minute, and a last time when the run has ended.
 """
 
+import fcntl
 import os
 import signal
 import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from configs import resolve
 from configs.schema import Run
-from trainer.destination import Destination, Position, unread
+from trainer.destination import SYSTEM, Destination, Mark, Position, SystemDestination, unread
 from trainer.track import DESTINATIONS, wanted
 
 POLL = 2.0  # seconds between two looks at the file
+BUSY = 75  # exit code: the same command may do later
 RETRY = 30.0  # seconds until a failed destination is tried again
 
 
@@ -66,24 +69,43 @@ def _session(name: str, folder: Path, run: Run, ended: threading.Event) -> None:
         if lines:
             destination.take(lines, upto)
             mark = upto
+        if isinstance(destination, SystemDestination):
+            _system(destination, folder, position)
         if not last:
             ended.wait(POLL)
     destination.finish(mark)
     position.finish()
 
 
+def _system(destination: SystemDestination, folder: Path, position: Position) -> None:
+    """Hand on what the machines of the run have written since the last look."""
+    for file in sorted((folder / SYSTEM).glob("*.jsonl")):
+        marks = {host: Mark(*place) for host, place in position.own.get("system", {}).items()}
+        lines, upto = unread(file, marks.get(file.stem, Mark()))
+        if lines:
+            destination.take_system(file.stem, lines, marks | {file.stem: upto})
+
+
 def main(arguments: list[str]) -> int:
     """Carry once, or with --follow until standard input ends, which it does when the run ends, however it ends.
 
     Returns:
-        0, or 1 when some destination did not take everything.
+        0, 1 when some destination did not take everything, or `BUSY`.
     """
     folder, follow = Path(arguments[0]), "--follow" in arguments[1:]
     os.nice(10)  # the training comes first
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of one call; the whole is tried again anyway
     run = resolve.recorded(folder / "run.json")
+    if "--uri" in arguments[1:]:
+        run = replace(run, tracking=replace(run.tracking, uri=arguments[arguments.index("--uri") + 1]))
     ended = threading.Event()
+    if not wanted(run):
+        return 0
+    lock = alone(folder, patient=follow)
+    if lock is None:
+        sys.stderr.write(f"{folder}: another process carries this run's lines; it is left to it\n")
+        return BUSY
     if follow:
         # A stop request is for the ranks: their last figures come after it.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -95,7 +117,27 @@ def main(arguments: list[str]) -> int:
         if follow:
             sys.stdin.read()
             ended.set()
+    os.close(lock)
     return 0 if all(result.result() for result in results) else 1
+
+
+def alone(folder: Path, patient: bool) -> int | None:
+    """Hold the positions of a run alone: two that carry the same lines would write over each other's.
+
+    Args:
+        patient: wait while another one holds them.
+
+    Returns:
+        The lock's file descriptor; None: another process holds it.
+    """
+    (folder / "carried").mkdir(exist_ok=True)
+    descriptor = os.open(folder / "carried" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 if __name__ == "__main__":

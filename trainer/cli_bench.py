@@ -1,4 +1,4 @@
-"""`coatnet bench model`: the speed and memory of a network's training step on this machine; `data`: the pipeline's."""
+"""`coatnet bench model`: the speed and memory of a training step on this machine; the others: their own files."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from configs.errors import InputError, unknown
-from trainer import cli_bench_data
+from trainer import cli_bench_blocks, cli_bench_data, cli_bench_step
 
 if TYPE_CHECKING:
     from models.activations import Device, Dtype, Recompute
@@ -27,7 +27,8 @@ made-up batch. Several dtypes and kinds of recomputation are alternated round by
 --threads       of torch on a CPU. With 1 a step is timed by the process's CPU time, else by the clock
 --out FOLDER    write a record there, such as model-coatnet0-bf16-expansion.json
 
-`coatnet bench data --help`: the same of the data pipeline."""
+`coatnet bench data --help`: the same of the data pipeline; `coatnet bench blocks --help`: of each block by itself;
+`coatnet bench step --help`: of whole training steps, from which the planner learns how fast this machine is."""
 
 CHOICES = {
     "--against": ("timm",),
@@ -42,14 +43,18 @@ KNOWN = (*CHOICES, *NUMBERS, "--out", "--json")
 
 
 def bench_command(arguments: list[str]) -> int:
-    """`coatnet bench model|data ...`: returns the exit code."""
+    """`coatnet bench model|data|blocks|step ...`: returns the exit code."""
     if arguments[:1] == ["data"]:
         return cli_bench_data.bench_data_command(arguments[1:])
+    if arguments[:1] == ["blocks"]:
+        return cli_bench_blocks.bench_blocks_command(arguments[1:])
+    if arguments[:1] == ["step"]:
+        return cli_bench_step.bench_step_command(arguments[1:])
     if not arguments or "-h" in arguments or "--help" in arguments:
         sys.stdout.write(USAGE + "\n")
         return 0
     if arguments[0] != "model":
-        raise unknown("bench command", arguments[0], ("model", "data"))
+        raise unknown("bench command", arguments[0], ("model", "data", "blocks", "step"))
     name, options = parse(arguments[1:])
     from trainer.bench_model import Settings, measure
 

@@ -8,21 +8,22 @@ from pathlib import Path
 from configs import resolve
 from configs.errors import InputError, unknown
 
-USAGE = """usage: coatnet bench data [DIR] [--against webdataset mosaicml] [--recipe RECIPE] [--pictures 512]
-                          [--resolution 224] [--rounds 7] [--out FOLDER] [--json]
+USAGE = """usage: coatnet bench data [DIR] [--against webdataset mosaicml energon ffcv] [--recipe RECIPE]
+                          [--pictures 512] [--resolution 224] [--rounds 7] [--out FOLDER] [--json]
 
 Times reading by offset with all checks, decoding, and the whole pipeline (random crop and flip) on the training split
 of the data set in DIR, or on made-up JPEGs of 500 x 400 pixels and about 58 KB. One process, one thread, the process's
 CPU time, the cases alternated round by round; "decode + crop alone" is torchvision's, over bytes in memory.
 
 --against       others' readers over the same JPEGs, with torchvision's decoder and transforms: webdataset; mosaicml
-                (pip install mosaicml-streaming)
+                (pip install mosaicml-streaming), energon (pip install megatron-energon); ffcv, which writes them
+                again as JPEGs of their full size and has a decoder and a crop of its own (pip install ffcv)
 --recipe        time its augmentation and resolution too, and say how many such cores feed 8 H100s that train it
 --pictures      samples read in a round, at most
 --resolution    pixels of a crop's side
 --out FOLDER    write a record there"""
 
-OTHERS = ("webdataset", "mosaicml")
+OTHERS = ("webdataset", "mosaicml", "energon", "ffcv")
 LEAST = {"--pictures": 64, "--resolution": 8, "--rounds": 1}
 ONE = (*LEAST, "--recipe", "--out")
 KNOWN = (*ONE, "--against", "--json")

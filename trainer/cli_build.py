@@ -1,6 +1,7 @@
 """`coatnet data build|plan|run|merge|adopt`: data sets from pictures that are somewhere else."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
     from data_pipeline.manifest import Dataset
 
 USAGE = """usage: coatnet data build SOURCE --out DIR [--workers N] [options]
+       coatnet data build SOURCE --out DIR --cluster PROFILE [--tasks T] [--cpus C] [--wait] [--workers N] [options]
        coatnet data plan SOURCE --out DIR --tasks T [--workers N] [options]
        coatnet data run DIR --task I
        coatnet data merge DIR
-       coatnet data adopt TAR ... --out DIR [--heldout TAR ...] [--vocabulary FILE] [--workers N]
+       coatnet data adopt TAR ... --out DIR [--heldout TAR ...] [--vocabulary FILE] [--label-field NAME] [--workers N]
 
 SOURCE is a folder, a file or a quoted pattern such as 'data/train-*.parquet'. What it is its files show, or you say:
 --kind folder         a subfolder of pictures per class; with --labels path a picture's labels are its folder and all
@@ -23,6 +25,13 @@ SOURCE is a folder, a file or a quoted pattern such as 'data/train-*.parquet'. W
                       index, several as a;b or as a list. --columns image=NAME,label=NAME if they have unusual names
 --kind huggingface    Parquet with the encoded pictures in it; --columns as above
 --kind tars           WebDataset tars; --label-field cls, txt or json.FIELD where the label is not in cls or json
+
+adopt --label-field NAME   the field of the json members that holds the labels, such as label or class.id: a name, an
+                      index, or a list of them; else cls, or the indices in the field labels
+
+--cluster PROFILE     plan here, run the tasks as an array of SLURM jobs, and merge in a job after them. DIR must lie on
+                      a disk that the nodes share; --tasks 64 is how many there are, --cpus 1 the cores of each, --wait
+                      waits for the end. A task whose node is lost is queued again; logs are in DIR.jobs
 
 --vocabulary FILE     names of the classes, one a line, in the order of their indices; else they come from the labels
 --hierarchy FILE      lines of child, tab, parent: a picture also gets all ancestors of its labels
@@ -63,12 +72,40 @@ def build_command(name: str, arguments: list[str]) -> int:
 
 def _build(arguments: list[str]) -> int:
     """`coatnet data build SOURCE --out DIR`: plan, run and merge in local processes."""
-    options = parse(arguments, OPTIONS | {"--out": 1, "--workers": 1}, places=1)
+    cluster = {"--cluster": 1, "--tasks": 1, "--cpus": 1, "--wait": 0}
+    options = parse(arguments, OPTIONS | cluster | {"--out": 1, "--workers": 1}, places=1)
     source, out = _place(options, "build", "SOURCE"), _out(options, "build")
+    if "--cluster" in options:
+        return _build_on_cluster(source, out, options)
+    if any(name in options for name in cluster):
+        raise InputError("--tasks, --cpus and --wait belong to --cluster PROFILE; `coatnet data plan` cuts without one")
     from data_pipeline.building import tasks
 
     dataset = tasks.build(source, out, _made_of(options), whole(options, "--workers", 1), _tell)
     print(_described(out, dataset))
+    return 0
+
+
+def _build_on_cluster(source: str, out: str, options: dict[str, list[str]]) -> int:
+    """`coatnet data build ... --cluster PROFILE`: plan here, the rest as jobs."""
+    from trainer import cli_build_cluster
+
+    count = cli_build_cluster.tasks_for(whole(options, "--tasks", 0))
+    from data_pipeline.building import plan  # torch comes with it
+    from data_pipeline.building.build import BUILD
+    from data_pipeline.manifest import Dataset, open_dataset
+
+    if Path(out, BUILD, plan.PLAN).exists():
+        count = 0  # the tasks of a build that goes on are those that it was cut into
+    made = plan.plan(source, out, _made_of(options), count, whole(options, "--workers", 1), _tell)
+    if isinstance(made, Dataset):
+        print(_described(out, made))
+        return 0
+    cpus = whole(options, "--cpus", 1)
+    array, merge = cli_build_cluster.send(out, len(made.tasks), options["--cluster"][0], cpus)
+    if "--wait" in options:
+        cli_build_cluster.wait(out, array, merge)
+        print(_described(out, open_dataset(out)))
     return 0
 
 
@@ -114,13 +151,14 @@ def _merge(arguments: list[str]) -> int:
 
 def _adopt(arguments: list[str]) -> int:
     """`coatnet data adopt TAR ... --out DIR`."""
-    known = {"--out": 1, "--heldout": MANY, "--vocabulary": 1, "--workers": 1}
+    known = {"--out": 1, "--heldout": MANY, "--vocabulary": 1, "--label-field": 1, "--workers": 1}
     options = parse(arguments, known, places=MANY)
     out = _out(options, "adopt")
     from data_pipeline.building import adopt
 
-    vocabulary, workers = options.get("--vocabulary", [""])[0], whole(options, "--workers", 1)
-    dataset = adopt.adopt(options[""], out, options.get("--heldout", []), vocabulary, workers, _tell)
+    vocabulary, field = (options.get(name, [""])[0] for name in ("--vocabulary", "--label-field"))
+    tars, heldout, workers = options[""], options.get("--heldout", []), whole(options, "--workers", 1)
+    dataset = adopt.adopt(tars, out, heldout, vocabulary, workers, _tell, field)
     print(_described(out, dataset))
     return 0
 

@@ -14,12 +14,13 @@ MANY = 1 << 30  # values of an option: any number
 USAGE = """usage: coatnet data demo --out DIR [--source digits]
                         --source clipart [PATH] [--short-side N]
                         --source folder PATH [--skip-unreadable]
-       coatnet data build SOURCE --out DIR [--workers N] [options]
+       coatnet data build SOURCE --out DIR [--workers N] [--cluster PROFILE] [options]
        coatnet data plan SOURCE --out DIR --tasks T [--workers N] [options]
        coatnet data run DIR --task I
        coatnet data merge DIR
-       coatnet data adopt TAR ... --out DIR [--heldout TAR ...] [--vocabulary FILE] [--workers N]
-       coatnet data verify DIR [--deep] [--workers N] [--quarantine FILE] [--json]
+       coatnet data adopt TAR ... --out DIR [--heldout TAR ...] [--vocabulary FILE] [--label-field NAME] [--workers N]
+       coatnet data verify DIR|FILE.beton [--deep] [--workers N] [--quarantine FILE] [--json]
+       coatnet data ffcv DIR --out FILE.beton [--split train|heldout] [options]
        coatnet data order RECIPE --step N | --find KEY [options]
 
 demo    writes a small set of real labelled images as verified WebDataset shards.
@@ -36,17 +37,20 @@ build   makes a data set of SOURCE: a folder with a subfolder of pictures per cl
 plan, run, merge   the same in pieces, which may run on several machines that share DIR: plan writes what each of at
         most T tasks has to do, run does one, in any order, again if it was killed, merge finishes
 adopt   makes a data set of existing WebDataset tars (one picture and cls or json labels a sample) without touching
-        them: links and sidecars in DIR. --heldout names those of the held-out split
+        them: links and sidecars in DIR. --heldout names those of the held-out split, --label-field the field of the
+        json members that holds the labels, where it is not labels
 verify  reads every byte of a data set again and compares it with its manifest; with --deep decodes every picture.
         --quarantine writes the findings to FILE, a line of JSON each. Exit code 76 where there are any
+ffcv    writes a split as one file for data.path in FFCV's format; `coatnet data ffcv --help`. verify reads it too
 order   prints the samples that a step of a run sees, or when a sample is seen; `coatnet data order --help`"""
 
 
 def data_command(arguments: list[str]) -> int:
     """Dispatch `coatnet data ...`; returns the exit code."""
-    commands = {"demo": _demo, "verify": _verify, "order": order_command} | {name: _built(name) for name in BUILDING}
+    commands = {name: _built(name) for name in BUILDING}
+    commands |= {"demo": _demo, "verify": _verify, "order": order_command, "ffcv": _ffcv}
     asked = bool({"-h", "--help"} & set(arguments))
-    if not arguments or (asked and arguments[0] not in (*BUILDING, "order")):
+    if not arguments or (asked and arguments[0] not in (*BUILDING, "order", "ffcv")):
         sys.stdout.write(USAGE + "\n")
         return 0
     if arguments[0] not in commands:
@@ -89,6 +93,13 @@ def _built(name: str) -> Callable[[list[str]], int]:
         return cli_build.build_command(name, arguments)
 
     return command
+
+
+def _ffcv(arguments: list[str]) -> int:
+    """`coatnet data ffcv ...`, imported when it is called, because it takes `parse` from here."""
+    from trainer.cli_ffcv import ffcv_command
+
+    return ffcv_command(arguments)
 
 
 def _verify(arguments: list[str]) -> int:

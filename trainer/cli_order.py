@@ -4,10 +4,13 @@ import json
 import sys
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError
 from configs.schema import Run
+from configs.tars import resampled
+from trainer.skips import Skipped
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Dataset, Source, Split
@@ -19,7 +22,7 @@ ORDER_USAGE = """usage: coatnet data order RECIPE --step N [--json] [--field val
        coatnet data order RECIPE --find KEY [--epochs E] [--json] [--field value ...]
 
 RECIPE is a recipe as for `coatnet train`, or the run.json of a run folder, with the same overrides: --data.path DIR.
-Steps are those of the log: the first is 1.
+Steps are those of the log: the first is 1. Of a run folder, the batches that its guard leaves out are no step's.
 
 Epochs and positions count from 0, in a mixture those of the sample's own data set.
 
@@ -55,18 +58,30 @@ def order_command(arguments: list[str]) -> int:
     run = resolve_command(rest[0], rest[1:])
     if run.data.synthetic:
         raise InputError("coatnet data order: made-up samples have neither shards nor keys; leave --data.synthetic out")
+    if resampled(run.data):
+        raise InputError("coatnet data order: tars without an index have no order; `coatnet data adopt` indexes them")
     dataset = open_data(run)
-    order = mixture.begin(run, dataset.split("train"))
+    order, skipped = mixture.begin(run, dataset.split("train")), _left_out(Path(rest[0]))
     if "--step" in options:
-        rows = _step(run, dataset, order, _number("--step", options["--step"]))
+        rows = _step(run, dataset, order, skipped, _number("--step", options["--step"]))
     else:
-        rows = _find(run, dataset, order, options["--find"], _number("--epochs", options.get("--epochs", "3")))
+        epochs = _number("--epochs", options.get("--epochs", "3"))
+        rows = _find(run, dataset, order, skipped, options["--find"], epochs)
     for row in rows:
         print(json.dumps(row) if as_json else _line(row))
     return 0
 
 
-def _step(run: Run, dataset: "Dataset", order: "Order | Mixture", step: int) -> Iterator[dict[str, Any]]:
+def _left_out(recipe: Path) -> Skipped:
+    """The batches that a run leaves out, as its newest checkpoint tells, where `recipe` is its run.json."""
+    marks = sorted(recipe.parent.glob("checkpoints/step-????????/COMPLETE")) if recipe.name == "run.json" else []
+    state = json.loads((marks[-1].parent / "state.json").read_text()) if marks else {}
+    return Skipped(state.get("guard", {}).get("skipped", []))
+
+
+def _step(
+    run: Run, dataset: "Dataset", order: "Order | Mixture", skipped: Skipped, step: int
+) -> Iterator[dict[str, Any]]:
     """The samples of step number `step`, in their places of the global batch."""
     import numpy as np
 
@@ -74,7 +89,7 @@ def _step(run: Run, dataset: "Dataset", order: "Order | Mixture", step: int) -> 
     from data_pipeline.prefetch import Fetched
 
     split, batch = dataset.split("train"), run.data.global_batch
-    positions = np.arange((step - 1) * batch, step * batch)
+    positions = np.arange(batch) + skipped.batch(step - 1) * batch
     shards = Fetched(split, run.data).open()
     _, shard_B, sample_B = order.lookup(positions)
     found = zip(*_own(order, positions), shard_B.tolist(), sample_B.tolist(), strict=True)
@@ -93,8 +108,10 @@ def _step(run: Run, dataset: "Dataset", order: "Order | Mixture", step: int) -> 
         yield row
 
 
-def _find(run: Run, dataset: "Dataset", order: "Order | Mixture", wanted: str, epochs: int) -> Iterator[dict[str, Any]]:
-    """When each sample that `wanted` names is seen."""
+def _find(
+    run: Run, dataset: "Dataset", order: "Order | Mixture", skipped: Skipped, wanted: str, epochs: int
+) -> Iterator[dict[str, Any]]:
+    """When each sample that `wanted` names is seen; its step is None where its batch is left out."""
     import numpy as np
 
     split, batch = dataset.split("train"), run.data.global_batch
@@ -104,7 +121,9 @@ def _find(run: Run, dataset: "Dataset", order: "Order | Mixture", wanted: str, e
         source = _source(split, shard)
         place = {**({"data": source.root} if source else {}), "shard": split.rows[shard].path, "sample": sample}
         for index, own, position in zip(positions.tolist(), *_own(order, positions), strict=True):
-            yield {"epoch": own, "position": position, "step": index // batch + 1, "place": index % batch} | place
+            update = skipped.update(index // batch)
+            step = None if update is None else update + 1
+            yield {"epoch": own, "position": position, "step": step, "place": index % batch} | place
 
 
 def _own(order: "Order | Mixture", positions: "Ints") -> tuple[list[int], list[int]]:
@@ -224,7 +243,8 @@ def _number(option: str, given: str) -> int:
 
 def _line(row: dict[str, Any]) -> str:
     """A row for people: its fields, those of few words with their names."""
-    words = [f"{name} {row[name]}" for name in ("epoch", "position", "step", "place")]
+    words = [f"{name} {row[name]}" for name in ("epoch", "position", "step", "place") if row[name] is not None]
+    words += ["left out by the guard"] if row["step"] is None else []
     words += [row["data"]] if "data" in row else []
     words += [f"{row['shard']}:{row['sample']}"]
     words += [row["key"], f"labels {', '.join(row['labels']) or '-'}"] if "key" in row else []

@@ -1,17 +1,19 @@
 """`coatnet train` and `coatnet eval`: everything is checked here, then ranks are started."""
 
 import fcntl
-import json
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from configs import resolve
+from configs import resolve, resume_rules
 from configs.errors import InputError
 from configs.schema import Run
+from trainer.launch import LAUNCHER_SETS
 from trainer.track import PATIENCE, check_sinks, run_folder, tracking_uri
 
 if TYPE_CHECKING:
@@ -19,48 +21,34 @@ if TYPE_CHECKING:
     from trainer.fit import Memory
     from trainer.plan import Layout
 
-# Fields that a run may change between two starts in the same folder: none of them touches the mathematics.
-FREE = (
-    "name",
-    "runs",
-    "steps",
-    "data.path",
-    "data.mixture",
-    "data.workers",
-    "data.cache",
-    "data.cache_bytes",
-    "data.fetch_retries",
-    "data.on_damage",
-    "data.damage_budget",
-    "data.pipe",
-    "parallel.",
-    "checkpoint.",
-    "evaluate.",
-    "tracking.",
-    "cluster.",
-)
+LAST_TRY = 120.0  # seconds that a killed rank of an earlier try may need to leave the run's folder
+RESTARTS = 3  # after failures without progress between them
 
-LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-TRAIN_USAGE = """usage: coatnet train RECIPE [--dry-run] [--field value ...]
+TRAIN_USAGE = """usage: coatnet train RECIPE [--dry-run] [--restarts N] [--field value ...]
 
 Trains RECIPE (see `coatnet config list`) on all devices of this machine, or as one rank where an outside launcher has
-set RANK. The run lives in runs/NAME; the same command continues it from its newest verified checkpoint, Ctrl-C saves
-and exits with 75. Fields and their defaults: `coatnet config show RECIPE`.
+set RANK. The run lives in runs/NAME; the same command continues it from its newest verified checkpoint. Ctrl-C,
+SIGTERM, SIGUSR2 or a file runs/NAME/stop save and exit with 75, a file runs/NAME/save makes one save; --guard.KIND ACT
+says what follows when something goes wrong. Ranks that crash or hang are started again, from that checkpoint. Fields
+and their defaults: `coatnet config show RECIPE`.
 
 --dry-run                    print what would run (configuration, layout, DeepSpeed's JSON, parameter groups, schedule,
                              counts, data, memory) and start nothing
+--restarts 3                 give up after so many restarts without progress between them; 0: a crash ends the command
 --init.path RUN_OR_FILE      start from the weights of another run's newest checkpoint, or of a file of `coatnet
                              export`, at any resolution; --init.weights raw|ema chooses, --init.head reset takes other
                              classes. A run that has a checkpoint of its own continues that instead
+--resume.allow NAME ...      what may differ from the checkpoint that the run goes on from: fields (optim.lr), sections
+                             (augment.), "dataset"; "scratch": begin anew where none of its checkpoints verifies
+--parallel.layout auto       let `coatnet plan` choose the layout for the devices that are here
+--profile 20:25              look into steps 21 to 25: a trace, a table by block, memory, in runs/NAME/profile
+--parallel.pipeline 2        cut the network into stages; --parallel.offload cpu|nvme takes state off the device. What
+                             does not go together is refused, with the reason and the nearest that does
+--parallel.trace             record what ranks do with each other in the first steps, for `coatnet trace RUN`
 --data.synthetic --steps 50  made-up pictures at the recipe's true size: does it fit, how fast is it
 
-exit codes: 0 done, 75 stopped on request and saved, 76 configuration or data error, 77 diverged, 130 stopped before
-the first step, else a crash"""
-
-EVAL_USAGE = """usage: coatnet eval RUN [--json]
-
-Scores the newest verified checkpoint of the run folder RUN on the held-out split, on all devices of this machine."""
+exit codes: 0 done, 75 stopped on request and saved, 76 configuration or data error, 77 stopped by the guard, 130
+stopped before the first step, else a crash"""
 
 
 def train_command(arguments: list[str]) -> int:
@@ -71,15 +59,18 @@ def train_command(arguments: list[str]) -> int:
         sys.stdout.write(TRAIN_USAGE + "\n")
         return 0
     dry = "--dry-run" in arguments
-    arguments = [word for word in arguments if word != "--dry-run"]
+    arguments, restarts = _restarts([word for word in arguments if word != "--dry-run"])
     if not arguments:
-        raise InputError("coatnet train --dry-run: the recipe is missing; `coatnet config list` has them")
+        raise InputError("coatnet train: the recipe is missing; `coatnet config list` has them")
     run = resolve_command(arguments[0], arguments[1:])
     if "RANK" in os.environ and not dry:
+        if restarts is not None:
+            raise InputError("--restarts: RANK is set, so an outside launcher is at work, and starts the ranks")
         _as_rank(run)
-    from trainer import cluster
-    from trainer.launch import INTERRUPTED, free_port, launch
+    from trainer import auto_layout, cluster, disk
+    from trainer.launch import INTERRUPTED
 
+    run = auto_layout.laid_out(run)
     world = cluster.local_ranks(run)
     facts = check_before_start(run, world)
     if dry:
@@ -88,15 +79,14 @@ def train_command(arguments: list[str]) -> int:
         print(describe(run, *facts))
         return 0
     folder = run_folder(run)
-    with _claimed(folder, run):
+    with _claimed(folder, run) as lock:
         if (folder / "done").exists():
             print(f"{folder} is finished; `coatnet eval {folder}` scores it, --name starts another run")
             _where(run, folder)
             return 0
-        port = free_port(run.cluster.master_port)
-        on_cpu = cluster.device_kind(run) == "cpu"
-        patience = run.cluster.timeout + PATIENCE
-        code = launch(["trainer.train", str(folder / "run.json")], world, folder / "logs", port, on_cpu, patience)
+        if run.parallel.offload == "nvme":
+            disk.prepare(run)
+        code = supervise(run, folder, world, lock, RESTARTS if restarts is None else restarts)
         if code == INTERRUPTED:
             sys.stderr.write("stopped before the first step; nothing to save\n")
         if code not in (0, 75, 76, 77):
@@ -105,6 +95,58 @@ def train_command(arguments: list[str]) -> int:
             sys.stderr.write(f"{last}; the same command continues\n")
     _where(run, folder)
     return code
+
+
+def _restarts(words: list[str]) -> tuple[list[str], int | None]:
+    """The words without `--restarts N`, and N; None where it is not among them."""
+    rest, found = [], None
+    given = iter(words)
+    for word in given:
+        name, _, value = word.partition("=")
+        if name != "--restarts":
+            rest.append(word)
+            continue
+        value = value or next(given, "")
+        if not value.isdecimal():
+            raise InputError(f"--restarts {value}: must be a number, 0 or more; nearest valid: {RESTARTS}")
+        found = int(value)
+    return rest, found
+
+
+def supervise(run: Run, folder: Path, world: int, lock: int, restarts: int) -> int:
+    """Have the supervisor of SLURM jobs start the ranks here and watch them; returns the exit code of the whole.
+
+    Args:
+        lock: file descriptor of the run's lock, which the ranks hold as well.
+        restarts: after failures without progress between them.
+    """
+    from slurm.agent import Supervisor
+    from slurm.job import Job
+    from trainer import cluster
+    from trainer.goodput import BEGAN, process_began
+    from trainer.launch import LocalStep, free_port, rank_environment
+
+    words, on_cpu = ["trainer.train", str(folder / "run.json")], cluster.device_kind(run) == "cpu"
+    began = [process_began()]
+
+    def spawn(name: str, environment: dict[str, str]) -> LocalStep:
+        port = free_port(run.cluster.master_port)
+        environment = rank_environment(world, port, on_cpu, environment)
+        environment[BEGAN] = str(began.pop() if began else time.time())
+        patience = run.cluster.timeout + PATIENCE
+        return LocalStep(words, world, folder / "logs", environment, patience, (lock,))
+
+    job = Job(
+        folder=str(folder.resolve()),
+        code=str(Path(__file__).resolve().parent.parent),
+        python=sys.executable,
+        command=words,
+        ranks_per_node=world,
+        requeue=False,
+        crashes=restarts,
+        grace=math.inf,  # a save takes its time; who cannot wait presses Ctrl-C again
+    )
+    return Supervisor(job, dict(os.environ), spawn).run()
 
 
 def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Dataset, Layout, Memory, int]":
@@ -122,12 +164,13 @@ def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Da
     from data_pipeline.augment import check_mixing
     from data_pipeline.stream import open_data
     from models import drop_path, spec
-    from trainer import cluster, deepspeed_shims, fit, warm_start
+    from trainer import cluster, deepspeed_shims, disk, extras, fit, partition, warm_start
     from trainer.launch import free_port
     from trainer.plan import layout
 
     spec.of(run.model)
     resolve.check(run)
+    extras.check_fairscale(run)
     plan = layout(run, world)
     check_mixing(run.augment, plan.slices(0))  # micro-batches are of one size: the first rank's speak for all
     drop_path.check_groups(run.model.drop_path_group if run.model.drop_path else 0, plan.slices(0))
@@ -140,6 +183,8 @@ def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Da
     _check_devices(run, local, outside)
     deepspeed_shims.check_version()
     dataset = open_data(run)
+    if run.parallel.pipeline > 1:
+        partition.stages(run, dataset.classes, plan.micro_batch)
     dataset.split("heldout")  # scored at the end, where its absence would come too late
     split = dataset.split("train")
     if split.samples < run.data.global_batch:
@@ -147,12 +192,14 @@ def check_before_start(run: Run, world: int, outside: bool = False) -> "tuple[Da
             f"data.global_batch = {run.data.global_batch}: the training split of {dataset.root} has "
             f"{split.samples} samples; nearest valid: {split.samples}"
         )
-    warmup, steps = resolve.warmup(run, split.samples), resolve.total_steps(run, split.samples)
-    if warmup >= steps:
-        raise InputError(f"optim.warmup_steps = {warmup}: the run has only {steps} steps; nearest valid: {steps - 1}")
+    resolve.warmup(run, split.samples)
     warm_start.check(run, dataset, verified=not outside)
     available = cluster.available_bytes(run, local)
-    return dataset, plan, fit.require_fit(run, plan, dataset.classes, available), available
+    memory = fit.require_fit(run, plan, dataset.classes, available)
+    on_disk = fit.require_elsewhere(run, plan, dataset.classes, local, cluster.host_bytes())
+    if run.parallel.offload == "nvme":
+        disk.check(run, on_disk)
+    return dataset, plan, memory, available
 
 
 def _check_devices(run: Run, ranks: int, outside: bool) -> None:
@@ -179,36 +226,55 @@ def refuse_another_run(folder: Path, run: Run) -> None:
     recorded = folder / "run.json"
     if not recorded.exists():
         return
-    old = resolve.recorded(recorded)
-    changed = [(key, was, now) for key, was, now in resolve.diff(old, run) if not key.startswith(FREE)]
-    if changed:
-        rows = "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changed)
-        raise InputError(f"{folder} belongs to another run: {rows}. Take the same settings to continue it, or --name")
+    differences = resolve.diff(resolve.recorded(recorded), run)
+    resume_rules.refuse(differences, run.resume.allow, f"{folder} belongs to another run")
 
 
 @contextmanager
-def _claimed(folder: Path, run: Run) -> Iterator[None]:
-    """Hold the run folder alone, with this run written in it.
+def _claimed(folder: Path, run: Run, supervised: bool = False) -> Iterator[int]:
+    """Hold the run folder alone, with this run written in it; requests to stop or save that an older one left go.
+
+    Args:
+        supervised: by a supervisor, whose last try may be a moment from its end; requests are its affair.
+
+    Yields:
+        The lock's file descriptor: whoever inherits it holds the folder too, for as long as it lives.
 
     Raises:
         InputError: no such folder can be made, another process trains there, or it belongs to another run.
+        TimeoutError: under a supervisor, another process trains there and does not end.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
     except OSError as error:
         raise InputError(f"runs = {run.runs!r}: {folder} cannot be made or written: {error}; choose another") from None
+    deadline = time.monotonic() + LAST_TRY
     with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process trains here; wait for it, or choose another --name") from None
+        while not _locked(lock.fileno()):
+            if not supervised:
+                raise InputError(f"{folder}: another process trains here; wait for it, or choose another --name")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{folder}: a rank of an earlier try has not ended within {LAST_TRY:.0f} s")
+            time.sleep(0.5)
         refuse_another_run(folder, run)
-        _write_run(folder, run)
-        yield
+        write_run(folder, run)
+        for request in () if supervised else ("stop", "save"):
+            (folder / request).unlink(missing_ok=True)
+        yield lock.fileno()
 
 
-def _write_run(folder: Path, run: Run) -> None:
+def _locked(lock: int) -> bool:
+    """Take a file's lock, if nobody has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_run(folder: Path, run: Run) -> None:
+    """Write the resolved run into its folder, whole or not at all."""
     aside = folder / "run.json.tmp"
     aside.write_text(resolve.to_json(run) + "\n")
     os.replace(aside, folder / "run.json")
@@ -216,7 +282,10 @@ def _write_run(folder: Path, run: Run) -> None:
 
 def _as_rank(run: Run) -> NoReturn:
     """One rank of an outside launcher (torchrun, srun). The first holds the run folder for all, until it ends."""
+    from trainer import auto_layout, cluster
+
     rank, world = _outside_place()
+    run = auto_layout.laid_out(run, world, cluster.local_world())
     check_before_start(run, world, outside=True)
     from trainer import train
 
@@ -224,7 +293,7 @@ def _as_rank(run: Run) -> NoReturn:
     if rank:
         refuse_another_run(folder, run)
         train.main([], run)
-    with _claimed(folder, run):
+    with _claimed(folder, run, supervised="COATNET_TRY" in os.environ):
         (folder / "logs").mkdir(exist_ok=True)
         train.main([], run)
 
@@ -255,31 +324,3 @@ def _where(run: Run, folder: Path) -> None:
     print(f"run folder: {folder}")
     if run.tracking.mlflow:
         print(f"MLflow page: mlflow ui --backend-store-uri {tracking_uri(run)}  (then open http://127.0.0.1:5000)")
-
-
-def eval_command(arguments: list[str]) -> int:
-    """`coatnet eval RUN [--json]`: returns the exit code."""
-    names = [word for word in arguments if not word.startswith("-")]
-    options = set(arguments) - set(names)
-    if options & {"-h", "--help"} or not arguments:
-        sys.stdout.write(EVAL_USAGE + "\n")
-        return 0
-    if options - {"--json"} or len(names) != 1:
-        raise InputError(f"coatnet eval takes one run folder and --json, not {' '.join(arguments)}")
-    from trainer import cluster
-    from trainer.launch import free_port, launch
-
-    folder = Path(names[0])
-    if not (folder / "run.json").exists():
-        raise InputError(f"{folder}: not a run folder (it has no run.json); `coatnet train` makes them under runs/")
-    run = resolve.recorded(folder / "run.json")
-    on_cpu = cluster.device_kind(run) == "cpu"
-    world = cluster.local_ranks(run)
-    patience = run.cluster.timeout
-    code = launch(["trainer.evaluate_run", str(folder)], world, folder / "logs", free_port(), on_cpu, patience)
-    if code == 0:
-        from trainer.evaluate import describe
-
-        scores = json.loads((folder / "evaluation.json").read_text())
-        print(json.dumps(scores) if "--json" in options else f"step {scores['step']}: {describe(scores)}")
-    return code

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from configs.errors import InputError, unknown
+from trainer import words
 
 if TYPE_CHECKING:
     from models.card import Card
     from trainer.export import Choice, Format
 
-EXPORT_USAGE = """usage: coatnet export RUN [--format safetensors|timm|huggingface] [--out PATH] [--weights raw|ema]
-                      [--step N] [--license TEXT] [--force]
+EXPORT_USAGE = """usage: coatnet export RUN [--format safetensors|timm|huggingface|mlflow] [--out PATH]
+                      [--weights raw|ema] [--step N] [--license TEXT] [--force]
 
 Writes the weights in the newest verified checkpoint of the run folder RUN (or those in a file of `coatnet export`) for
 others to load. Never a pickle; nothing is uploaded.
@@ -24,6 +25,8 @@ others to load. Never a pickle; nothing is uploaded.
 --format huggingface  a folder with config.json, model.safetensors and README.md, which
                       `timm.create_model("local-dir:FOLDER", pretrained=True)` loads offline; for networks that timm
                       cannot express the folder has our names, and models.interop loads it
+--format mlflow       a model of MLflow: code, the same safetensors file, a signature; `mlflow models serve -m FOLDER
+                      --env-manager local` answers with the classes of a picture
 --out PATH            file or folder to write; default: RUN/export/NAME-WEIGHTS and an ending
 --weights raw|ema     the trained weights or their moving average; default: the average where the run keeps one
 --step N              the checkpoint after N updates; default: the newest that verifies
@@ -48,7 +51,7 @@ def export_command(arguments: list[str]) -> int:
     names, options = _parse("export", arguments, valued, EXPORT_USAGE)
     if not names:
         return 0
-    form = _one_of("--format", options.get("--format", "safetensors"), ("safetensors", "timm", "huggingface"))
+    form = _one_of("--format", options.get("--format", "safetensors"), ("safetensors", "timm", "huggingface", "mlflow"))
     choice = _one_of("--weights", options["--weights"], ("raw", "ema")) if "--weights" in options else "auto"
     step = _number("--step", options["--step"]) if "--step" in options else 0
     out = Path(options["--out"]) if "--out" in options else None
@@ -103,6 +106,8 @@ def _loading(path: Path, card: "Card", form: str) -> str:
     """How somebody else loads it."""
     from models import timm_names
 
+    if form == "mlflow":
+        return f"serve it: mlflow models serve -m {path} --env-manager local -p 5001"
     if form == "safetensors" or timm_names.obstacles(card.spec):
         return f'load it: from models import interop; model = interop.load_model("{path}")'
     if form == "huggingface":
@@ -123,23 +128,7 @@ def _parse(command: str, arguments: list[str], valued: tuple[str, ...], usage: s
     if not arguments or "-h" in arguments or "--help" in arguments:
         sys.stdout.write(usage + "\n")
         return [], {}
-    names: list[str] = []
-    options: dict[str, str] = {}
-    words = iter([part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])])
-    for word in words:
-        if not word.startswith("-"):
-            names.append(word)
-            continue
-        if word not in (*valued, "--force"):
-            raise unknown("option", word, (*valued, "--force"))
-        if word in options:
-            raise InputError(f"coatnet {command}: {word} is given twice")
-        options[word] = "" if word == "--force" else next(words, "")
-        if word != "--force" and (not options[word] or options[word].startswith("--")):
-            raise InputError(f"{word} needs a value; see `coatnet {command} --help`")
-    if len(names) != 1:
-        raise InputError(f"coatnet {command} takes one path, not {len(names)}: {' '.join(names) or 'none given'}")
-    return names, options
+    return words.parse(f"coatnet {command}", arguments, 1, ("--force",), valued)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:

@@ -1,19 +1,29 @@
 """Every touch of DeepSpeed's internals, each with its reason and the versions it was run on.
 
-Run on deepspeed 0.19.8. `check_version` refuses a release line these were not written for.
+Run on deepspeed 0.19.8. `check_version` refuses a release line these were not written for, and
+tests/parallel/test_shims.py shows of each what goes wrong without it.
 """
 
+import importlib
 import importlib.metadata
+import inspect
+import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from configs.errors import InputError
+from trainer.cluster import Member
+from trainer.mesh import Mesh
+from trainer.moments import moments_of
 
-TESTED = "0.19"
+TESTED = "0.19.8"  # and later ones of its line, as long as what is replaced looks the same
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Fragment:
     name: str  # the parameter's, `blocks.<stage>.<index>.<path>`
     offset: int  # elements before it in the flattened parameter
     value: Tensor  # 1-D fp32 view, writable
-    moments: dict[str, Tensor]  # "exp_avg", "exp_avg_sq": 1-D fp32 views of the same length
+    moments: dict[str, Tensor]  # "exp_avg", "exp_avg_sq": 1-D views of the same length, fp32 or bf16
 
 
 def check_version() -> None:
@@ -33,11 +43,58 @@ def check_version() -> None:
         InputError: naming the version found and the line that works.
     """
     installed = importlib.metadata.version("deepspeed")
-    if not installed.startswith(f"{TESTED}."):
+    line, _, patch = TESTED.rpartition(".")
+    found, _, number = installed.partition("+")[0].rpartition(".")
+    if found != line or not number.isdecimal() or int(number) < int(patch):
         raise InputError(
-            f"deepspeed {installed} is installed; this trainer is proven on {TESTED}.x: "
-            f"pip install 'deepspeed=={TESTED}.*'"
+            f"deepspeed {installed} is installed; this trainer is proven on {TESTED} and may do on later {line}.x: "
+            f"pip install 'deepspeed=={TESTED}'"
         )
+
+
+def _replace(owner: Any, name: str, arguments: str, new: Any) -> None:
+    """Put our function in the place of one of DeepSpeed's.
+
+    Args:
+        owner: a module or an object.
+        arguments: the names that the function's have to have, in order, with spaces between; a method's with self.
+
+    Raises:
+        InputError: there is no such function, or it has other arguments.
+    """
+    found: Any = getattr(owner, name, None)
+    found = getattr(found, "__func__", found)  # of a bound method
+    if getattr(found, "__closure__", None):  # DeepSpeed wraps functions to mark them for a profiler
+        found = inspect.getclosurevars(found).nonlocals.get("func", found)
+    names = " ".join(inspect.signature(found).parameters) if callable(found) else "nothing"
+    if names != arguments:
+        installed = importlib.metadata.version("deepspeed")
+        raise InputError(
+            f"deepspeed {installed}: {name} takes {names!r}, not {arguments!r}: what is put "
+            f"in its place may not fit; this trainer is proven on {TESTED}: pip install 'deepspeed=={TESTED}'"
+        )
+    owner.__dict__[name] = new
+
+
+def begin() -> None:
+    """What comes before the first touch: refuse another release, build nothing, keep quiet."""
+    # Collectives that torch renamed; DeepSpeed calls them by their old names once per step and bucket.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    check_version()
+    build_nothing()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def imported() -> Any:
+    """DeepSpeed, without MLflow: its autotuner, which nobody uses here, would import that for 0.8 s of every start."""
+    modules: dict[str, Any] = sys.modules
+    if "deepspeed" in modules or "mlflow" in modules:
+        return importlib.import_module("deepspeed")
+    modules["mlflow"] = None  # an import of it fails, which the autotuner takes for "not installed"
+    try:
+        return importlib.import_module("deepspeed")
+    finally:
+        del modules["mlflow"]
 
 
 def build_nothing() -> None:
@@ -47,9 +104,152 @@ def build_nothing() -> None:
     filled lazily by running compilers, so an empty one set first also saves that. Nothing else reads it. gloo does
     the collectives instead.
     """
-    import deepspeed.ops
+    imported().ops.__dict__["__compatible_ops__"] = {}
 
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+def elements(parameter: nn.Parameter) -> int:
+    """Of a whole parameter, also where ZeRO-3 has cut it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def enter_mesh(member: Member, model: nn.Module) -> Mesh | None:
+    """What to hand DeepSpeed as `mpu`; None without a pipeline.
+
+    Three touches: `groups.mpu` is a global that an earlier engine of this process may have left behind. The norm for
+    the clip counts a parameter on the first stage only unless it is marked as a part of the model that no other rank
+    has. ZeRO-3 compares each recorded order of modules with that of rank 0, which computes another stage.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+    group = member.data_group if member.stages > 1 else None
+
+    def same_on_all_replicas(ints: list[int]) -> None:
+        """Refuse numbers that differ between the replicas of a stage."""
+        mine = torch.tensor([len(ints), hash(tuple(ints))], device=member.device)
+        low, high = mine.clone(), mine.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+        if not torch.equal(low, high):
+            raise RuntimeError(f"the replicas of stage {member.stage} called their modules in different orders")
+
+    _replace(coordinator, "assert_ints_same_as_other_ranks", "ints", same_on_all_replicas)
+    if member.stages == 1:
+        return None
+    for parameter in model.parameters():
+        parameter.__dict__["model_parallel"] = True
+    return Mesh(member)
+
+
+class Cutter:
+    """Cuts the blocks of a network into ZeRO-3's pieces as soon as they have their weights.
+
+    So no rank ever holds more than one block whole. `deepspeed.initialize` would cut a network that is there already.
+    All replicas of a stage call this for the same blocks in the same order. The groups of `parallel.shard_group` are a
+    global that an earlier engine of this process may have left behind.
+    """
+
+    def __init__(self, member: Member, config: dict[str, Any]) -> None:
+        begin()
+        import deepspeed
+        from deepspeed.utils import groups
+
+        deepspeed.init_distributed(dist.get_backend(), dist_init_required=False)  # its own count of ranks is else one
+        groups.__dict__["_ZERO_PARAM_INTRA_PARALLEL_GROUP"] = None
+        if "aio" in config:
+            own_weights()
+        self._member, self._config = member, config
+        self._cut: Any = None
+
+    def __call__(self, block: nn.Module) -> None:
+        """Cut all weights of a block."""
+        from deepspeed.runtime.zero import Init
+
+        # The weights come before the engine, which would tell it of the ranks: it would take itself for the only one.
+        imported().init_distributed(
+            dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False
+        )
+        parameters = list(block.parameters())
+        if self._cut is None:
+            mesh = enter_mesh(self._member, block)
+            group = self._member.data_group
+            # Given a dtype it takes bf16 on a CPU, whatever that is (0.19.8: an "or" binds otherwise than meant).
+            Init(block, data_parallel_group=group, config_dict_or_path=self._config, mpu=mesh)
+            self._cut = parameters[0]
+        else:  # by the same object, which has the files on a disk
+            self._cut.convert_to_zero_parameters(param_list=parameters)
+
+
+def keep_gradients(engine: Any) -> None:
+    """Let an offloaded ZeRO-3 take each part's gradient from where it was added up.
+
+    DeepSpeed copies it into a second place of the same size, and with NVMe on to the disk: with transfers that fail
+    without an error where a weight's gradient does not begin at a multiple of 512 bytes, as behind a table of relative
+    biases, and then trains with what was in the buffer before. And it adds the norm up part by part over the pipeline,
+    whose stages have different numbers of parts and would wait for each other for ever.
+    """
+    zero, gradients, place = engine.optimizer, [], 0
+    for flat, size in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_numel, strict=True):
+        flat.grad = None
+        gradients.append(zero.grad_partitions_flat_buffer.narrow(0, place, size))
+        place += size
+
+    def note_norm(parameter: Any, gradient: Tensor, *_: Any) -> None:
+        zero.norm_for_param_grads[zero.get_param_id(parameter)] = zero._constant_buffered_norm2(gradient)
+
+    def prepare(number: int, names: Any) -> None:
+        if zero._swappable_optimizer_subgroup(number):
+            zero._optimizer_states_and_gradient_swap_in(number, names)
+        zero.fp32_partitioned_groups_flat[number].grad = gradients[number]
+
+    def norms() -> list[Tensor]:
+        every = [parameter for group in zero.fp16_groups for parameter in group]
+        return [zero.complete_grad_norm_calculation_for_cpu_offload(every)]
+
+    at_boundary = "self param grad_buffer offload_fp32_gradients offload_fp32_offsets"
+    _replace(zero, "_offload_grad_partition_at_boundary", at_boundary, note_norm)
+    _replace(zero, "_prepare_sub_group", "self sub_group_id timer_names", prepare)
+    _replace(zero, "_get_norm_groups", "self", norms)
+
+
+def own_weights() -> None:
+    """Let weights from a disk that no other rank shares be copies, on a CPU too, not the buffer that they came through.
+
+    Autograd keeps a linear map's weight as a view of what it was. A buffer has another weight in it by then.
+    """
+    from deepspeed.runtime.zero import partition_parameters as partition
+
+    theirs: Any = partition._no_gather_coalesced
+    theirs = getattr(theirs, "theirs", theirs)  # an earlier engine of this process has been here
+
+    def copied(params: Any) -> Any:
+        listed = list(params)
+        handle = theirs(listed)
+        for parameter in listed:
+            if parameter.nvme_swapper is not None:
+                parameter.data = parameter.data.clone()
+        return handle
+
+    copied.__dict__["theirs"] = theirs
+    _replace(partition, "_no_gather_coalesced", "params", copied)
+
+
+def write_moments(engine: Any) -> None:
+    """Put AdamW's moments on the disk, which its first step would do: a checkpoint can then be loaded before it."""
+    zero = engine.optimizer
+    for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        if zero._swappable_optimizer_subgroup(number):
+            zero._optimizer_states_and_gradient_swap_in(number)
+            moments_of(zero.optimizer, flat)
+            zero._optimizer_states_and_gradient_swap_out(number)
+
+
+def build_disk() -> None:
+    """Compile DeepSpeed's transfers between memory and disk (some minutes, once for a machine), or load them."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    AsyncIOBuilder().load(verbose=False)
 
 
 def fragments(engine: Any, stage: int, rank: int, world: int, owned: bool) -> Iterator[Fragment]:
@@ -80,8 +280,14 @@ def publish(engine: Any, stage: int) -> None:
         optimizer.update_lp_params()
     elif stage == 3:
         optimizer._partition_all_parameters()  # an evaluation leaves parameters whole, with their old values
+        optimizer.invalidate_secondary_tensor()  # and so does a shard group's copy
         for group in range(len(optimizer.fp16_groups)):
+            from_disk = optimizer._swappable_optimizer_subgroup(group)
+            if from_disk:
+                optimizer._optimizer_states_and_gradient_swap_in(group)
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if from_disk:
+                optimizer._release_swap_buffers(group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
@@ -104,22 +310,11 @@ def _adamw(engine: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of one tensor, made as its first step would make it if it is not there yet."""
-    state = optimizer.state[flat]
-    if "exp_avg" not in state:
-        # A fused AdamW keeps its counter beside the parameters.
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        state["exp_avg"] = torch.zeros_like(flat)
-        state["exp_avg_sq"] = torch.zeros_like(flat)
-    return {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")}
-
-
 def _whole(optimizer: torch.optim.Optimizer, names: dict[int, str], rank: int, world: int) -> Iterator[Fragment]:
     """ZeRO-0: every rank holds everything; of every parameter slice `rank` of `world` even ones."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            moments = _moments(optimizer, parameter)
+            moments = moments_of(optimizer, parameter)
             low = rank * parameter.numel() // world
             high = (rank + 1) * parameter.numel() // world
             if high > low:
@@ -131,27 +326,42 @@ def _partitions_of_groups(zero: Any, names: dict[int, str]) -> Iterator[Fragment
     """ZeRO-1/2: the parameters of a group are laid end to end and that line is cut into one piece per rank."""
     for index, group in enumerate(zero.bit16_groups):
         flat = zero.single_partition_of_fp32_groups[index]
-        moments = _moments(zero.optimizer, flat)
+        moments = moments_of(zero.optimizer, flat)
         for parameter in group:
             mapping = parameter._hp_mapping
             if mapping is None:  # lies wholly in other ranks' pieces
                 continue
             start, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
             views = {key: value[start : start + count] for key, value in moments.items()}
-            yield Fragment(
-                names[id(parameter)], mapping.lp_fragment_address.start, flat.data[start : start + count], views
-            )
+            offset, value = mapping.lp_fragment_address.start, flat.data[start : start + count]
+            yield Fragment(names[id(parameter)], offset, value, views)
 
 
 def _partitions_of_parameters(zero: Any, names: dict[int, str], rank: int) -> Iterator[Fragment]:
     """ZeRO-3: every parameter is cut into equal pieces, one per rank, the last one padded."""
+    held = [
+        _on_disk(zero, flat) if zero._swappable_optimizer_subgroup(number) else (flat, moments_of(zero.optimizer, flat))
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat)
+    ]
     for group in zero.fp16_groups:
         for parameter in group:
             index, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            flat = zero.fp32_partitioned_groups_flat[index]
-            moments = _moments(zero.optimizer, flat)
+            flat, moments = held[index]
             offset = rank * size
             count = min(size, parameter.ds_numel - offset)
             if count > 0:
                 views = {key: value[start : start + count] for key, value in moments.items()}
                 yield Fragment(names[id(parameter)], offset, flat.data[start : start + count], views)
+
+
+def _on_disk(zero: Any, flat: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """A part of the weights and its moments as views of DeepSpeed's files.
+
+    Its own transfers go past the system's cache, which keeps both in step: what is written here is on the disk before
+    they read it, and what they write is forgotten here.
+    """
+    found = zero.optimizer_swapper.swap_params_info[flat.ds_id]
+    value, *moments = (
+        torch.from_file(kept.swap_path, shared=True, size=found.numel(), dtype=torch.float32) for kept in found.tensors
+    )
+    return value, dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))

@@ -5,7 +5,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+SYSTEM = "system"  # folder of the run's: a file of each machine, as `trainer.machine` writes it
 
 
 class Mark(NamedTuple):
@@ -39,6 +41,14 @@ class Destination(Protocol):
 
     def finish(self, upto: Mark) -> None:
         """Take what belongs to the end of a session; everything before `upto` is safe when this returns."""
+
+
+@runtime_checkable
+class SystemDestination(Destination, Protocol):
+    """One that also takes what the machines of a run write about themselves (`trainer.machine`)."""
+
+    def take_system(self, host: str, lines: Sequence[Line], marks: dict[str, Mark]) -> None:
+        """Take new lines of a machine's file; once they are safe, the position says so with `marks`."""
 
 
 class Position:

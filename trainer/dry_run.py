@@ -6,7 +6,8 @@ from configs import resolve
 from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, cost, drop_path, spec
-from trainer.engine import deepspeed_config
+from trainer import partition
+from trainer.deepspeed_config import deepspeed_config, weights
 from trainer.fit import Memory
 from trainer.ledger import P_REF, U_REF
 from trainer.optim import learning_rate, parameter_groups
@@ -14,19 +15,27 @@ from trainer.plan import Layout
 
 
 def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available: int) -> str:
-    """The resolved configuration, layout, DeepSpeed's JSON, parameter groups, schedule, counts, data and memory."""
+    """The resolved configuration, layout, DeepSpeed's JSON, parameter groups, schedule, counts, data and memory.
+
+    With a pipeline its stages too; the JSON is then of the one with the most parameters, and the memory, which is of
+    the stage that needs most, says which that is.
+    """
     found = spec.of(run.model)
     counts = cost.count(found, run.model.resolution, classes=dataset.classes)
     split = dataset.split("train")
     images = resolve.total_steps(run, split.samples) * run.data.global_batch
     flops = 6 * counts.multiply_adds * images
+    cut = partition.stages(run, dataset.classes, plan.micro_batch)
+    heaviest = max(range(plan.stages), key=lambda number: cut[number].parameters)
+    sizes = weights(run, dataset.classes, cut[heaviest].first, cut[heaviest].last)
+    staged = {"stages": partition.table(cut)} if plan.stages > 1 else {}
     sections = {
         "configuration": resolve.to_json(run),
-        "layout": (
-            f"{plan.world} ranks x {plan.accumulation} micro-batches x {plan.micro_batch} images = global batch "
-            f"{plan.global_batch}; BatchNorm over {plan.replica_batch} images, {plan.team} ranks a group"
+        "layout": layout(plan),
+        **staged,
+        "DeepSpeed" + (f" (stage {heaviest}, with the most parameters)" if staged else ""): json.dumps(
+            deepspeed_config(run, plan, sizes), indent=2
         ),
-        "DeepSpeed": json.dumps(deepspeed_config(run, plan, counts.parameters), indent=2),
         "parameter groups": groups(run, dataset.classes),
         "schedule": schedule(run, split.samples),
         "stochastic depth": rates(run, dataset.classes),
@@ -40,11 +49,22 @@ def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available
             f"{dataset.split('heldout').samples:,} held out; fingerprint {split.fingerprint[:12]}"
         ),
         "memory": (
-            f"about {memory.total / 1e9:.2f} GB a rank (an estimate: {memory.states / 1e9:.2f} states, "
-            f"{memory.activations / 1e9:.2f} activations, the rest libraries) of {available / 1e9:.1f} GB"
+            f"about {memory.total / 1e9:.2f} GB a rank"
+            f"{f' of stage {memory.stage}, which needs most' if staged else ''} (an estimate: {memory}), of "
+            f"{available / 1e9:.1f} GB"
         ),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
+
+
+def layout(plan: Layout) -> str:
+    """Who computes what of the global batch."""
+    mesh = f"{plan.stages} stages x {plan.replicas} replicas = {plan.world} ranks; " if plan.stages > 1 else ""
+    who = "replicas" if mesh else "ranks"
+    return (
+        f"{mesh}{plan.replicas} {who} x {plan.accumulation} micro-batches x {plan.micro_batch} images = global batch "
+        f"{plan.global_batch}; BatchNorm over {plan.replica_batch} images, {plan.team} {who} a group"
+    )
 
 
 def groups(run: Run, classes: int) -> str:
@@ -64,7 +84,7 @@ def groups(run: Run, classes: int) -> str:
 def schedule(run: Run, samples: int) -> str:
     """The learning rate at the corners of its schedule."""
     steps, warmup = resolve.total_steps(run, samples), resolve.warmup(run, samples)
-    marks = sorted({0, max(0, warmup - 1), warmup, (warmup + steps) // 2, steps - 1})
+    marks = sorted({step for step in (0, warmup - 1, warmup, (warmup + steps) // 2, steps - 1) if 0 <= step < steps})
     points = ", ".join(f"{learning_rate(run.optim, step, steps, warmup):.3g} at {step + 1}" for step in marks)
     return f"{steps:,} updates, {warmup:,} of them warm-up, {run.optim.schedule}; learning rate {points}"
 

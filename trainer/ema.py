@@ -3,7 +3,7 @@
 No rank holds more of the average than of AdamW's moments, and no weight is gathered to keep it up to date.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,10 +24,24 @@ class WeightAverage:
         buffers: averages of the running statistics, by name; equal on all ranks.
     """
 
-    def __init__(self, decay: float, fragments: list[Fragment], model: nn.Module) -> None:
+    def __init__(
+        self,
+        decay: float,
+        fragments: list[Fragment],
+        model: nn.Module,
+        room: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            decay: see the class.
+            fragments: what this rank holds of the weights.
+            model: with the running statistics.
+            room: gives a copy of a fragment's values a place.
+        """
         self.decay = decay
         self._values = [fragment.value for fragment in fragments]
-        self._means = [value.clone() for value in self._values]
+        self._means = [room(value) for value in self._values]
         self._place = {fragment.name: (fragment.offset, number) for number, fragment in enumerate(fragments)}
         assert len(self._place) == len(fragments), "one fragment per parameter and rank"
         self._live = running_statistics(model)
@@ -38,7 +52,8 @@ class WeightAverage:
         """Take in the weights after `step` updates."""
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._means, self._values, weight)
-        torch._foreach_lerp_(list(self.buffers.values()), list(self._live.values()), weight)
+        if self.buffers:  # a stage of a pipeline may be without BatchNorm
+            torch._foreach_lerp_(list(self.buffers.values()), list(self._live.values()), weight)
 
     def beside(self, fragment: Fragment) -> Fragment:
         """The fragment with its average among the moments, as "ema", for saving and restoring."""

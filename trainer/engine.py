@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import logging
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,53 +13,22 @@ from torch import Tensor, nn
 from configs.schema import Run
 from models.attention import forget_biases, kept_biases
 from trainer import deepspeed_shims as shims
+from trainer import disk
 from trainer.cluster import Member
+from trainer.deepspeed_config import Weights, deepspeed_config
 from trainer.ema import AVERAGE, WeightAverage, running_statistics
-from trainer.optim import adamw, parameter_groups
+from trainer.optim import adamw, clip, parameter_groups
+from trainer.pipeline import Micro, Pipeline
 from trainer.plan import Layout
+from trainer.recompute import RunBlock, run_block
 
 
-def deepspeed_config(run: Run, layout: Layout, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's whole JSON, every default that matters written out (its own clip default, say, is 1.0).
-
-    Args:
-        parameters: elements of the model, from which buffer sizes follow.
-    """
-    bucket = max(1 << 16, min(parameters, 50_000_000))  # elements; DeepSpeed's default of 5e8 is 2 GB of buffer
-    bucket -= bucket % 1024  # it asserts an even number
-    stage = run.parallel.zero
-    zero = {
-        "stage": stage,
-        "contiguous_gradients": True,
-        "overlap_comm": stage == 3,
-        "reduce_scatter": True,
-        "reduce_bucket_size": bucket,
-        "allgather_partitions": True,
-        "allgather_bucket_size": bucket,
-        "round_robin_gradients": False,
-        "sub_group_size": 1_000_000_000,
-        "stage3_prefetch_bucket_size": bucket,
-        "stage3_param_persistence_threshold": 10_000,
-        "stage3_max_live_parameters": 1_000_000_000,
-        "stage3_max_reuse_distance": 1_000_000_000,
-        "memory_efficient_linear": False,  # its replacement of F.linear would not see autocast's own casts
-    }
-    return {
-        "train_batch_size": layout.global_batch,
-        "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.accumulation,
-        "gradient_clipping": run.optim.clip_norm if stage else 0.0,  # ZeRO-0: `Engine.update` clips, to know the norm
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
-        "torch_autocast": {"enabled": run.precision.dtype == "bf16", "dtype": "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "prescale_gradients": False,
-        "wall_clock_breakdown": False,
-        "memory_breakdown": False,
-        "dump_state": False,
-    }
+def called(run: Run) -> RunBlock | None:
+    """How the network calls its blocks. Where a pipeline makes whole stages again, "full" does no more than that."""
+    parallel = run.parallel
+    by_stage = parallel.pipeline > 1 and parallel.zero >= 2
+    kind = "none" if by_stage and parallel.recompute == "full" else parallel.recompute
+    return run_block(kind, parallel.recompute_impl, parallel.recompute_offload)
 
 
 class Engine:
@@ -75,48 +42,68 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, run: Run, layout: Layout, member: Member) -> None:
-        # Collectives that torch renamed; DeepSpeed calls them by their old names once per step and bucket.
-        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-        import deepspeed
-
-        shims.check_version()
-        shims.build_nothing()
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        shims.begin()
+        deepspeed = shims.imported()
         self.layout, self.member = layout, member
         self.zero, self.clip_norm = run.parallel.zero, run.optim.clip_norm
+        self.blocks = called(run)
+        self.pipeline = Pipeline(member, remakes=self.zero >= 2) if member.stages > 1 else None
         self.average: WeightAverage | None = None
         self.groups = parameter_groups(model.named_parameters(), run.optim.weight_decay)
-        self.config = deepspeed_config(run, layout, sum(parameter.numel() for parameter in model.parameters()))
+        sizes = [shims.elements(parameter) for parameter in model.parameters()]
+        self.config = deepspeed_config(run, layout, Weights(sum(sizes), max(sizes)))
         # Every weight is used once in a pass, so a cache of bf16 copies would only hold memory.
         torch.set_autocast_cache_enabled(False)
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(self.groups, run.optim, member.device),
+            optimizer=adamw(self.groups, run.optim, member.device, run.precision.moments),
             config=self.config,
             dist_init_required=False,
+            mpu=shims.enter_mesh(member, model),
         )
+        if self.zero == 3 and run.parallel.offload != "none":
+            shims.keep_gradients(self._engine)
+            shims.write_moments(self._engine)
         if run.optim.ema:
-            self.average = WeightAverage(run.optim.ema, self.fragments(owned=False), model)
+            room = disk.keeper(run, member.rank) if run.parallel.offload == "nvme" else torch.clone
+            self.average = WeightAverage(run.optim.ema, self.fragments(owned=False), model, room)
 
-    def forward_backward(self, images: Tensor, targets: Tensor, loss_of: Any, **forward: Any) -> Tensor:
-        """One micro-batch: accumulates gradients, communicates them with the last one of a step.
+    def forward_backward(self, micros: Iterator[Micro], loss_of: Any) -> Tensor:
+        """The micro-batches of one optimizer step: accumulates gradients, communicates them with the last.
 
         Args:
-            images: (B, 3, H, W) float.
-            targets: (B, classes) float32.
+            micros: what this rank's stage needs of each of its replica's micro-batches.
             loss_of: loss of (logits, targets), a mean over the micro-batch.
-            forward: further arguments of the model's forward.
 
         Returns:
-            The micro-batch's loss, detached, on the device.
+            () the mean of the micro-batches' losses, on the device; the same on every stage of a replica.
         """
         self._engine.train()
-        logits = self._engine(images, **forward)
-        loss: Tensor = loss_of(logits.float(), targets)
+        count = self.layout.accumulation
+        if self.pipeline is not None:
+            samples = self.layout.micro_batch
+            total = self.pipeline.train(self._forward, self._backward, micros, count, samples, loss_of)
+            return total / count
+        total = torch.zeros((), device=self.member.device)
+        for _ in range(count):
+            micro = next(micros)
+            assert micro.images is not None, "the only stage takes the pictures"
+            assert micro.targets is not None, "and the targets"
+            loss: Tensor = loss_of(self._forward(micro.images, micro.drop_SB).float(), micro.targets)
+            self._backward(loss)
+            total += loss.detach()
+        return total / count
+
+    def _forward(self, x: Tensor, drop_SB: Tensor | None) -> Tensor:
+        """This rank's stage in training mode."""
+        output: Tensor = self._engine(x, drop_SB=drop_SB, run=self.blocks)
+        return output
+
+    def _backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch from a scalar; DeepSpeed divides it by the number of micro-batches."""
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # DeepSpeed's word for "next micro-batch"; the update is in `update`
-        return loss.detach()
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip by the global norm, apply AdamW at `learning_rate`, clear the gradients.
@@ -130,8 +117,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero == 0:
-            limit = self.clip_norm or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+            norm = clip(list(self._engine.module.parameters()), self.clip_norm or math.inf, self.member.pipe_group)
             self._engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
             self._engine.step()
             return norm
@@ -141,11 +127,21 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[Any]:
-        """The model as a callable (images) -> logits in evaluation mode, without gradients."""
+        """The model as a callable (images) -> logits in evaluation mode, without gradients.
+
+        With a pipeline all stages call it for the same batches; it returns None on all but the last.
+        """
         self._engine.eval()
         with torch.no_grad(), kept_biases(self.model):
-            yield self._engine
+            yield self._engine if self.pipeline is None else self._relayed
+        if self.pipeline is not None:
+            self.pipeline.finish()
         self._engine.train()
+
+    def _relayed(self, images: Tensor) -> Tensor | None:
+        """One batch through all stages of the pipeline."""
+        assert self.pipeline is not None
+        return self.pipeline.relay(self._engine, images)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -168,7 +164,7 @@ class Engine:
         Args:
             owned: over all ranks each element once, for saving; otherwise all that this rank holds, for restoring.
         """
-        held = shims.fragments(self._engine, self.zero, self.member.rank, self.member.world, owned)
+        held = shims.fragments(self._engine, self.zero, self.member.replica, self.member.replicas, owned)
         return [fragment if self.average is None else self.average.beside(fragment) for fragment in held]
 
     def buffers(self) -> dict[str, Tensor]:

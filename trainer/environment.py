@@ -22,8 +22,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` behind it when files differ from it; `unknown` outside a checkout."""
+    """The checkout's commit, with `+` behind it when files differ from it; `unknown` outside a checkout.
+
+    Of a job's own copy of the code that of the checkout it was copied from.
+    """
     root = Path(__file__).parent.parent
+    if (root / "SNAPSHOT").exists():
+        return (root / "SNAPSHOT").read_text().strip()
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
@@ -55,3 +60,10 @@ def facts(device: str) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def place() -> dict[str, str]:
+    """Where this process runs, as far as a scheduler says: host, job, cluster."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}" if array else os.environ.get("SLURM_JOB_ID", "")
+    return {"host": platform.node(), "job": job, "cluster": os.environ.get("SLURM_CLUSTER_NAME", "")}

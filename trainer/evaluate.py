@@ -10,19 +10,27 @@ from configs.schema import Run
 from data_pipeline import augment
 from data_pipeline.manifest import Dataset
 from data_pipeline.stream import Batch
-from trainer.average_precision import mean_average_precision
+from trainer.average_precision import average_precisions
 from trainer.cluster import Member
+from trainer.examples import Examples
 from trainer.loss import loss_function
 
 
 def evaluate(
-    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], run: Run, dataset: Dataset, member: Member
+    forward: Callable[[Tensor], Tensor | None],
+    batches: Iterable[Batch],
+    run: Run,
+    dataset: Dataset,
+    member: Member,
+    examples: Examples | None = None,
 ) -> dict[str, float]:
     """Score a model.
 
     Args:
-        forward: images (B, 3, H, W) to logits (B, classes), in evaluation mode.
-        batches: this rank's share, the same number on every rank; samples with `valid` false only fill up.
+        forward: images (B, 3, H, W) to logits (B, classes), in evaluation mode; None on the stages of a pipeline that
+            have none.
+        batches: this replica's share, the same number on every rank; samples with `valid` false only fill up.
+        examples: looks at every batch too, on every rank.
 
     Returns:
         top1 and top5 (with several labels to a picture: whether one of them is there; top-1 is then the paper's
@@ -34,8 +42,13 @@ def evaluate(
     loss_of = loss_function(run.optim.loss)
     for cpu_batch in batches:
         batch = cpu_batch.to(member.device)
-        images = augment.prepare(batch, run.augment, torch.float32, run.precision.channels_last)
-        logits = forward(images).float()
+        images = batch.images_BCHW
+        if member.begins:
+            images = augment.prepare(batch, run.augment, torch.float32, run.precision.channels_last)
+        output = forward(images)
+        if output is None:
+            continue
+        logits = output.float()
         wanted = augment.targets(batch, classes, 0.0, run.optim.loss)
         ranked = logits.topk(min(5, classes), dim=-1).indices
         hits = wanted.gather(1, ranked) > 0
@@ -48,12 +61,18 @@ def evaluate(
             sums[3] += loss_of(logits[valid], wanted[valid]).double().cpu() * count
         if several:
             kept.append((logits[valid].cpu(), wanted[valid].cpu() > 0))
+        if examples is not None:
+            examples.take(cpu_batch, logits, wanted)
     dist.all_reduce(sums, group=member.control)
     samples, top1, top5, loss = sums.tolist()
     scores = {"top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples, "samples": samples}
     if several:
-        pairs = [torch.cat(parts) for parts in zip(*kept, strict=True)]
-        scores["map"] = mean_average_precision(pairs[0], pairs[1], member.control)
+        nothing = torch.empty(0, classes)
+        pairs = [torch.cat(parts) for parts in zip(*kept, strict=True)] or [nothing, nothing > 0]
+        precisions = average_precisions(pairs[0], pairs[1], member.control)
+        scores["map"] = float(precisions.nanmean())
+        if examples is not None:
+            examples.precisions = precisions
     return scores
 
 

@@ -15,6 +15,7 @@ from data_pipeline.stream import heldout_loader, open_data
 from models.attention import kept_biases
 from trainer import checkpoint, cluster, network
 from trainer.evaluate import evaluate
+from trainer.examples import Examples
 
 
 def evaluate_run(folder: Path) -> dict[str, float]:
@@ -39,8 +40,10 @@ def evaluate_run(folder: Path) -> dict[str, float]:
         batches = heldout_loader(dataset, "heldout", run, member.rank, member.world)
         autocast = torch.autocast(member.device.type, torch.bfloat16, enabled=run.precision.dtype == "bf16")
         with torch.no_grad(), autocast, kept_biases(model):
-            found = evaluate(model, batches, run, dataset, member)
+            examples = Examples(run, dataset.classes)
+            found = evaluate(model, batches, run, dataset, member, examples)
         scores |= {f"{prefix}/{name}": value for name, value in found.items()}
+    examples.write(folder, saved.step, member)  # of the averaged weights where the run keeps them
     if member.first:
         (folder / "evaluation.json").write_text(json.dumps({**scores, "step": saved.step}, indent=2))
     cluster.leave()

@@ -14,11 +14,11 @@ from configs.schema import Run
 from models import hub_folder, interop, spec, timm_design, timm_names
 from models.card import Card, Preprocessing
 from models.interop import Weights
-from trainer import checkpoint
+from trainer import checkpoint, mlflow_model, retention
 from trainer.checkpoint import Saved
 
 Choice = Literal["auto", "raw", "ema"]
-Format = Literal["safetensors", "timm", "huggingface"]
+Format = Literal["safetensors", "timm", "huggingface", "mlflow"]
 
 
 def is_run(path: Path) -> bool:
@@ -58,10 +58,13 @@ def export(
         timm_names.arguments(weights.card.spec, weights.card.resolution)  # refuses before anything is written
     home = source / "export" if is_run(source) else source.parent
     name = source.resolve().name if source.is_dir() else source.stem
-    endings = {"safetensors": ".safetensors", "timm": "-timm.safetensors", "huggingface": "-huggingface"}
+    endings = {"safetensors": ".safetensors", "timm": "-timm.safetensors", "huggingface": "-huggingface",
+               "mlflow": "-mlflow"}  # fmt: skip
     path = out or home / f"{name}-{weights.card.weights}{endings[form]}"
     if form == "huggingface":
         hub_folder.write(path, weights, force)
+    elif form == "mlflow":
+        mlflow_model.write(path, weights, force)
     else:
         interop.write(path, weights, "timm" if form == "timm" else "coatnet", force)
     return path, weights.card
@@ -90,25 +93,29 @@ def saved_in(folder: Path, step: int = 0, verified: bool = True, say: Callable[[
         InputError: there is none, with those that there are, or what is wrong with the one that is asked for.
     """
     root = folder / "checkpoints"
-    found = sorted(root.glob("step-????????"), reverse=True)
-    wanted = [path for path in found if not step or path == checkpoint.step_folder(root, step)]
+    found = retention.found(root)
+    wanted = [path for path in found if not step or path == retention.step_folder(root, step)]
     for path in wanted:
+        held = retention.hold(path)
         bad = checkpoint.damage(path) if verified else "" if (path / "COMPLETE").exists() else "it is not complete"
         if not bad:
-            return checkpoint.opened(path)
+            return checkpoint.opened(path, held)
         (say or _to_stderr)(f"passed over {path}: {bad}")
     steps = ", ".join(str(int(path.name[5:])) for path in reversed(found)) or "none"
     what = f"no checkpoint of step {step} that verifies" if step else "no checkpoint that verifies"
     raise InputError(f"{root}: {what}; steps there: {steps}; `coatnet train` writes them")
 
 
-def card_of(folder: Path, saved: Saved, choice: Choice = "auto") -> Card:
+def card_of(folder: Path, saved: Saved, choice: Choice = "auto", run: Run | None = None) -> Card:
     """The card of a run's checkpoint.
+
+    Args:
+        run: None: what the folder says it is.
 
     Raises:
         InputError: averaged weights are asked for and the run keeps none.
     """
-    run = resolve.recorded(folder / "run.json")
+    run = run or resolve.recorded(folder / "run.json")
     if choice == "ema" and not run.optim.ema:
         raise InputError(f"{folder}: keeps no averaged weights (optim.ema = 0); take the raw ones")
     average = choice == "ema" or (choice == "auto" and run.optim.ema > 0)
@@ -125,6 +132,7 @@ def card_of(folder: Path, saved: Saved, choice: Choice = "auto") -> Card:
         _scores(folder, saved.step, "eval_ema/" if average else "eval/"),
         _preprocessing(run),
         dict(saved.state["versions"]),
+        loss=run.optim.loss,
     )
 
 

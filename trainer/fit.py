@@ -1,97 +1,133 @@
-"""Whether a run fits the memory of its devices, estimated before it starts."""
+"""Whether a run fits the memory of its devices, estimated before it starts. No torch where the run names its device."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
+from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
-from models import cost, spec
 from models.activations import Device
-from trainer import cluster
-from trainer.plan import Layout
-
-FIXED = 1_500_000_000  # bytes of a CUDA context, libraries and communication buffers; an assumption
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its peak, an estimate.
-
-    Attributes:
-        states: parameters, gradients, AdamW's moments, averages and buffers, as the ZeRO stage divides them.
-        activations: what the backward pass of one micro-batch keeps, and the inside of what it makes again.
-    """
-
-    states: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """States and activations together with a fixed share for libraries."""
-        return self.states + self.activations + FIXED
+from trainer import partition
+from trainer.plan import Layout, layout
+from trainer.planning import memory
+from trainer.planning.anatomy import Anatomy
+from trainer.planning.memory import FIXED as FIXED
+from trainer.planning.memory import Memory as Memory
 
 
-def estimate(run: Run, plan: Layout, classes: int) -> Memory:
-    """The memory of one rank.
+def kind_of(run: Run) -> Device:
+    """The device that a run asks for, or that this machine has."""
+    if run.cluster.device != "auto":
+        return run.cluster.device
+    from trainer import cluster
 
-    States are counted: fp32 everywhere, since bf16 is autocast over fp32 parameters. Activations are those of
-    `models.activations`: every block eager, all branches computed.
-    """
-    found = spec.of(run.model)
-    parameters = cost.count(found, run.model.resolution, classes=classes).parameters
-    own, stage = parameters / plan.world, run.parallel.zero
-    weights = 4 * (own if stage == 3 else parameters)
-    gradients = 4 * (own if stage >= 2 else parameters)
-    moments = 8 * (own if stage >= 1 else parameters)
-    master = 4 * own if stage in (1, 2) else 0.0  # an fp32 copy of the own piece beside the whole weights
-    average = 4 * (own if stage >= 1 else parameters) if run.optim.ema else 0.0
-    device: Device = "cuda" if cluster.device_kind(run) == "cuda" else "cpu"
-    blocks = cost.activations(
-        found,
-        run.model.resolution,
-        batch=plan.micro_batch,
-        dtype=run.precision.dtype,
-        recompute=run.parallel.recompute,
-        attention=run.model.attention,
-        device=device,
-        classes=classes,
-    )
-    return Memory(int(weights + gradients + moments + master + average), cost.peak(blocks))
+    return "cuda" if cluster.device_kind(run) == "cuda" else "cpu"
+
+
+def estimate(run: Run, plan: Layout, classes: int, stage: int | None = None) -> Memory:
+    """The memory of a rank of `stage`, or of the stage that needs most."""
+    anatomy = Anatomy(run, classes, kind_of(run))
+    if stage is None:
+        return memory.of_layout(run, plan, anatomy)
+    return memory.of_stage(run, plan, anatomy, partition.ends(run, classes, plan.micro_batch), stage)
 
 
 def require_fit(run: Run, plan: Layout, classes: int, available: int) -> Memory:
-    """The estimate, refused if it exceeds `available` bytes per rank.
+    """The estimate of the stage that needs most, refused if it exceeds `available` bytes per rank.
 
     Raises:
-        InputError: what is needed and what there is, and the nearest micro-batch or layout that would fit.
+        InputError: what is needed and what there is, and the nearest settings that would fit.
     """
     need = estimate(run, plan, classes)
     if need.total <= available:
         return need
+    where = f" of stage {need.stage} of {plan.stages}" if plan.stages > 1 else ""
+    hints = [words for words, changed in _changes(run, plan) if _fits(changed, plan.world, classes, available)]
+    if not hints:
+        hints = [words for words, changed in _together(run, plan) if _fits(changed, plan.world, classes, available)][:1]
     raise InputError(
         f"{run.model.name} at {run.model.resolution} px with parallel.micro_batch = {plan.micro_batch} on {plan.world} "
-        f"ranks needs about {need.total / 1e9:.1f} GB a rank ({need.states / 1e9:.1f} states, "
-        f"{need.activations / 1e9:.1f} activations; an estimate), there are {available / 1e9:.1f}; nearest: "
-        f"{', '.join(_hints(run, plan, classes, available)) or 'more ranks, or a smaller model'}"
+        f"ranks needs about {need.total / 1e9:.1f} GB a rank{where} ({need}; an estimate), there are "
+        f"{available / 1e9:.1f}; nearest: {', or '.join(hints) or 'more ranks, or a smaller model'}"
     )
 
 
-def _hints(run: Run, plan: Layout, classes: int, available: int) -> list[str]:
-    """Settings that need less memory: the cheapest recomputation that fits, ZeRO-3, a micro-batch that fits."""
+def require_elsewhere(run: Run, plan: Layout, classes: int, local: int, available: int) -> int:
+    """Refuse a run of which more goes to the host's memory than there is.
 
-    def fits(changed: Run, layout: Layout = plan) -> bool:
-        return estimate(changed, layout, classes).total <= available
+    Args:
+        local: ranks of this machine.
+        available: bytes of its memory.
 
-    selective = replace(run, parallel=replace(run.parallel, recompute="selective"))
-    hints = []
-    if run.parallel.recompute == "none" and fits(selective):
-        hints.append("--parallel.recompute selective")
-    elif run.parallel.recompute != "full":
-        hints.append("--parallel.recompute full")
-    if run.parallel.zero < 3 and plan.world > 1:
-        hints.append("--parallel.zero 3")
-    micro = 1 << (plan.micro_batch - 1).bit_length() >> 1  # the largest power of two below the micro-batch
-    while micro and not fits(run, replace(plan, micro_batch=micro)):
-        micro //= 2
-    if micro:
-        hints.append(f"--parallel.micro-batch {micro} or less")
-    return hints
+    Returns:
+        Bytes that its ranks need on a disk, at most.
+
+    Raises:
+        InputError: what is needed and what there is, and the nearest settings that would do.
+    """
+    every = [estimate(run, plan, classes, stage) for stage in range(plan.stages)]
+    need = local * max(memory.host for memory in every)
+    if need > available:
+        where = "the host's memory" + (" beside the disk" if run.parallel.offload == "nvme" else "")
+        nearest = ["more machines"] if run.parallel.offload == "nvme" else ["parallel.offload nvme", "more machines"]
+        raise InputError(
+            f"parallel.offload = {run.parallel.offload!r}: the {local} ranks of this machine need about "
+            f"{need / 1e9:.1f} GB of {where}, there are {available / 1e9:.1f}; nearest valid: {', or '.join(nearest)}"
+        )
+    return local * max(memory.disk for memory in every)
+
+
+def _fits(run: Run, world: int, classes: int, available: int) -> bool:
+    """Whether a run is allowed, can be laid out on `world` ranks, and fits."""
+    try:
+        resolve.check(run)
+        return estimate(run, layout(run, world), classes).total <= available
+    except InputError:
+        return False
+
+
+def _changed(run: Run, **settings: object) -> tuple[str, Run]:
+    """A run with other settings of `parallel`, and the words of the command line for them."""
+    words = [f"--parallel.{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    return " ".join(words), replace(run, parallel=replace(run.parallel, **settings))  # type: ignore[arg-type]
+
+
+def _changes(run: Run, plan: Layout) -> Iterator[tuple[str, Run]]:
+    """Single settings that need less memory, the cheapest of each kind first."""
+    parallel, kinds = run.parallel, ("none", "selective", "full")
+    for kind in kinds[kinds.index(parallel.recompute) + 1 :]:
+        yield _changed(run, recompute=kind)
+
+    def again(zero: int, stages: int) -> dict[str, object]:
+        """What a pipeline under ZeRO-2 or 3 needs too."""
+        return {"recompute": "full"} if stages > 1 and zero >= 2 and parallel.recompute == "none" else {}
+
+    for zero in range(parallel.zero + 1, 4):
+        yield _changed(run, zero=zero, **again(zero, plan.stages))
+    for stages in range(plan.stages + 1, plan.world + 1):
+        if plan.world % stages == 0:
+            yield _changed(run, pipeline=stages, **again(parallel.zero, stages))
+    if plan.stages > 1:
+        for balance in partition.BALANCES:
+            if balance != parallel.balance:
+                yield _changed(run, balance=balance)
+    for micro in _smaller(plan.micro_batch):
+        yield _changed(run, micro_batch=micro)
+    if parallel.offload == "none" and kind_of(run) == "cuda":
+        yield _changed(run, offload="cpu")
+
+
+def _together(run: Run, plan: Layout) -> Iterator[tuple[str, Run]]:
+    """All that saves memory at once, with the largest micro-batches first."""
+    cuda = kind_of(run) == "cuda"
+    for more in [{}, {"offload": "cpu"}] if cuda and run.parallel.offload == "none" else [{}]:
+        for micro in (plan.micro_batch, *_smaller(plan.micro_batch)):
+            yield _changed(run, zero=3, recompute="full", micro_batch=micro, **more)
+
+
+def _smaller(micro: int) -> Iterator[int]:
+    """The powers of two below a micro-batch, from the largest."""
+    power = 1 << (micro - 1).bit_length() >> 1
+    while power:
+        yield power
+        power //= 2

@@ -5,7 +5,7 @@ once, whoever keeps it, checkpoints included. This is the measurement behind `mo
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,7 +44,9 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def note(self, tensor: Tensor) -> None:
-        """Follow the storage of `tensor`, unless it is followed already."""
+        """Follow the storage of `tensor`, unless it is followed already, or is no memory at all."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         # The weak reference keeps the address from being used again.
         self._seen.setdefault(storage._cdata, (_weak(storage), storage.nbytes(), self.owner))
@@ -54,9 +56,9 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         self._seen[storage._cdata] = _weak(storage), storage.nbytes(), owner
 
-    def alive(self, static: nn.Module) -> Counter[str]:
-        """Bytes by block of the storages that still exist, parameters and buffers of `static` aside."""
-        own = {tensor.untyped_storage()._cdata for tensor in (*static.parameters(), *static.buffers())}
+    def alive(self, static: nn.Module, more: Iterable[Tensor] = ()) -> Counter[str]:
+        """Bytes by block of the storages that still exist, parameters and buffers of `static` and `more` aside."""
+        own = {tensor.untyped_storage()._cdata for tensor in (*static.parameters(), *static.buffers(), *more)}
         found: Counter[str] = Counter()
         for address, (reference, size, owner) in self._seen.items():
             if address not in own and not reference.expired():

@@ -1,9 +1,10 @@
-"""Starts the ranks of a run on this machine, watches them, and ends all when one fails. No torch.
+"""Starts ranks on this machine, watches them, and ends all when one fails. No torch.
 
 Each rank is a session of its own: Ctrl-C reaches only this process, which asks the ranks to stop; they agree on a
 step, save together and leave with exit code 75. Further requests change nothing, because a scheduler sends several and
 the save takes its time; only a person who presses Ctrl-C again later ends the ranks at once. Whatever a rank started
-is killed before this returns.
+is killed before this returns. `launch` is one try; `coatnet train` gives a `LocalStep` to the supervisor of
+`slurm/agent.py`, which starts another one after a crash or a hang.
 """
 
 import contextlib
@@ -15,22 +16,28 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from configs.errors import InputError
+from trainer.goodput import BEGAN
 
+LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what an outside launcher tells each rank
 STOPPED = 75
 INTERRUPTED = 130  # stopped before the ranks could take a step: there was nothing to save
 FINE = (0, STOPPED)
 TELLING = (76, 77)  # bad input, diverged: codes that say why, where others are often only what followed from it
+# How a rank's log ends that only lost another one: gloo's words, NCCL's, the store's.
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused",
+             "DistBackendError", "DistNetworkError", "Timed out waiting", "Application timeout")  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 POLL = 0.1  # seconds between two looks at the ranks
 GRACE = 10.0  # seconds the others have to leave by themselves once a rank failed
 INSIST = 3.0  # seconds after the first request from which on another Ctrl-C means: at once
 TAIL = 25  # lines of a failed rank's log that are shown
+INSISTED = "Ctrl-C again: the ranks were ended at once, and what they had not saved is lost\n"
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Rank:
 
 @dataclass
 class Request:
-    """What signals asked of this process; `_watch` acts on it, so that ranks started meanwhile are not missed.
+    """What signals asked of this process; `launch` acts on it, so that ranks started meanwhile are not missed.
 
     Attributes:
         since: when the first request came, in seconds of the monotonic clock; infinity for none.
@@ -82,33 +89,145 @@ def free_port(wanted: int = 0) -> int:
     )
 
 
-def launch(arguments: Sequence[str], world: int, logs: Path, port: int, on_cpu: bool, patience: float = 600.0) -> int:
+def launch(
+    arguments: Sequence[str],
+    world: int,
+    logs: Path,
+    port: int,
+    on_cpu: bool,
+    patience: float = 600.0,
+    lock: int | None = None,
+    began: float | None = None,
+    more: Mapping[str, str] | None = None,
+) -> int:
     """Run `python -m ARGUMENTS` as `world` ranks until all are done.
 
     Args:
         logs: folder for the ranks' standard error, and the output of all but the first rank.
         on_cpu: the ranks compute on the processor: share its cores out, and let them keep the memory they took.
         patience: seconds the other ranks have to end once one has left as it should.
+        lock: file descriptor of the run's lock; the ranks hold it as well, because after a kill -9 of this process
+            they save before they leave.
+        began: unix time at which the command began; this moment if it is not given.
+        more: variables of the ranks, beside those of this process.
 
     Returns:
         0; 75 when the ranks stopped on request; 130 when they were asked before they could; 137 when Ctrl-C insisted;
         1 when some hung at the end; else what the failed rank gave that says most (128 + signal).
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    ranks: list[Rank] = []
     request = Request()
     previous = {number: signal.signal(number, request.take) for number in SIGNALS}
+    environment = rank_environment(world, port, on_cpu, {**with_rooms(), **(more or {})})
+    environment[BEGAN] = str(began or time.time())
+    step, forwarded = None, False
     try:
-        for number in range(world):
-            ranks.append(_start(arguments, number, world, logs, port, on_cpu))
-        return _watch(ranks, request, patience)
+        step = LocalStep(arguments, world, logs, environment, patience, () if lock is None else (lock,))
+        while (code := step.wait(POLL)) is None:
+            if request.insisted:
+                sys.stderr.write(INSISTED)
+                return 128 + signal.SIGKILL
+            if not forwarded and request.since <= time.monotonic():
+                step.signal(signal.SIGTERM)
+                forwarded = True
+        return code
     finally:
-        for rank in ranks:  # their loader workers and writers share their session
+        if step is not None:
+            step.end()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class LocalStep:
+    """The ranks of one try, as processes of this machine.
+
+    Attributes:
+        logs: of the ranks' standard error, and the output of all but the first rank.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        world: int,
+        logs: Path,
+        environment: Mapping[str, str],
+        patience: float = 600.0,
+        held: Sequence[int] = (),
+    ) -> None:
+        """Start `python -m ARGUMENTS` as `world` ranks.
+
+        Args:
+            logs: folder for the logs; they go on where an earlier try's end.
+            environment: of all ranks.
+            patience: seconds the other ranks have to end once one has left as it should.
+            held: file descriptors that the ranks hold as well.
+        """
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank-{number:05d}.log" for number in range(world)]
+        self._ranks: list[Rank] = []
+        self._failed: list[Rank] = []
+        self._asked = self._over = False
+        self._patience, self._left, self._broke = patience, float("inf"), float("inf")
+        try:
+            for number, log in enumerate(self.logs):
+                self._ranks.append(_start(arguments, number, log, environment, held))
+        except BaseException:
+            self.end()
+            raise
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the end of all ranks, so long at most; whatever they started has ended then too.
+
+        Returns:
+            The exit code of the whole, see `launch`; None while they run.
+        """
+        deadline = time.monotonic() + seconds
+        while (code := self._look(time.monotonic())) is None and time.monotonic() < deadline:
+            time.sleep(POLL)
+        if code is not None:
+            self.end()
+        return code
+
+    def signal(self, number: int) -> None:
+        """Send every rank that still runs a signal."""
+        self._asked |= number in SIGNALS
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill the ranks and what they started: their loader workers and writers share their session."""
+        if self._over:
+            return
+        self._over = True
+        for rank in self._ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+    def _look(self, now: float) -> int | None:
+        """The exit code of the whole once all ranks are done, or the rest has to be ended."""
+        if self._over:
+            return 128 + signal.SIGKILL
+        codes = [(rank, rank.process.poll()) for rank in self._ranks]
+        running = [rank for rank, code in codes if code is None]
+        failed = self._failed
+        failed += [rank for rank, code in codes if code not in (None, *FINE) and rank not in failed]
+        if any(code in FINE for _, code in codes):
+            self._left = min(self._left, now)
+        if failed:
+            # What made one rank fail often reaches the others, and this process, a moment later: look once more.
+            self._broke = min(self._broke, now)
+            if now < self._broke + POLL:
+                return None
+        if self._asked and failed and self._left > now and all(-rank.process.returncode in SIGNALS for rank in failed):
+            return INTERRUPTED  # a signal ended them before their handler was there; no step is made without them
+        if not running:
+            return _report(failed) if failed else max(rank.process.returncode for rank in self._ranks)
+        if now > self._broke + GRACE:
+            return _report(failed)
+        if not failed and now > self._left + self._patience:
+            return _report_hung(running, self._patience)
+        return None
 
 
 def with_rooms() -> dict[str, str]:
@@ -122,12 +241,10 @@ def with_rooms() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
-def _start(arguments: Sequence[str], number: int, world: int, logs: Path, port: int, on_cpu: bool) -> Rank:
-    """Start one rank."""
+def rank_environment(world: int, port: int, on_cpu: bool, given: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks of this machine find in their environment, beside what is given."""
     environment = {
-        **with_rooms(),
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
+        **given,
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -140,15 +257,22 @@ def _start(arguments: Sequence[str], number: int, world: int, logs: Path, port: 
         # glibc would give the activations' memory back after each step, and fault it in again in the next.
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", "4000000000")
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", "4000000000")
-    log = logs / f"rank-{number:05d}.log"
+    return environment
+
+
+def _start(
+    arguments: Sequence[str], number: int, log: Path, environment: Mapping[str, str], held: Sequence[int]
+) -> Rank:
+    """Start one rank; it inherits the file descriptors `held`."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", *arguments],
-            env=environment,
+            env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
             stdin=subprocess.DEVNULL,
             stdout=None if number == 0 else output,
             stderr=output,
             start_new_session=True,
+            pass_fds=held,
             preexec_fn=_stop_with_parent,
         )
     return Rank(number, process, log)
@@ -160,53 +284,9 @@ def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _watch(ranks: list[Rank], request: Request, patience: float) -> int:
-    """Wait until all ranks are done, or until the rest has to be ended, which is left to the caller.
-
-    Returns:
-        The exit code of the whole, see `launch`.
-    """
-    failed: list[Rank] = []
-    forwarded, left, broke = False, float("inf"), float("inf")
-    while True:
-        now = time.monotonic()
-        if not forwarded and request.since <= now:
-            _ask_to_stop(ranks)
-            forwarded = True
-        codes = [(rank, rank.process.poll()) for rank in ranks]
-        running = [rank for rank, code in codes if code is None]
-        failed += [rank for rank, code in codes if code not in (None, *FINE) and rank not in failed]
-        if any(code in FINE for _, code in codes):
-            left = min(left, now)
-        if failed and broke > now:
-            # What made one rank fail often reaches the others, and this process, a moment later: look once more.
-            broke = now
-            time.sleep(POLL)
-            continue
-        if forwarded and failed and left > now and all(-rank.process.returncode in SIGNALS for rank in failed):
-            return INTERRUPTED  # a signal ended them before their handler was there; no step is made without them
-        if not running:
-            return _report(failed) if failed else max(rank.process.returncode for rank in ranks)
-        if request.insisted:
-            sys.stderr.write("Ctrl-C again: the ranks were ended at once, and what they had not saved is lost\n")
-            return 128 + signal.SIGKILL
-        if now > broke + GRACE:
-            return _report(failed)
-        if not failed and now > left + patience:
-            return _report_hung(running, patience)
-        time.sleep(POLL)
-
-
-def _ask_to_stop(ranks: list[Rank]) -> None:
-    """Pass a request on to every rank that still runs, by the one signal whatever came."""
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.send_signal(signal.SIGTERM)
-
-
 def _report(failed: list[Rank]) -> int:
     """Say which rank failed and how, the one that says most; returns the exit code for the whole."""
-    rank = next((rank for rank in failed if rank.process.returncode in TELLING), failed[0])
+    rank = min(failed, key=_consequence)  # the first of those that say most: `min` keeps their order
     code = rank.process.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     sys.stderr.write(f"rank {rank.number} (process {rank.process.pid}) {how}; the other ranks were ended\n")
@@ -214,6 +294,19 @@ def _report(failed: list[Rank]) -> int:
     if lines:
         sys.stderr.write("\n".join([f"the end of {rank.log}:", *lines]) + "\n")
     return 128 - code if code < 0 else code
+
+
+def _consequence(rank: Rank) -> int:
+    """How likely a rank failed only because another one had, from 0, which says why, to 3.
+
+    The operating system does not say which of two processes ended first. NCCL's watchdog aborts by a signal.
+    """
+    code = rank.process.returncode
+    if code in TELLING:
+        return 0
+    if code < 0:
+        return 3 if code == -signal.SIGABRT else 1
+    return 3 if any(word in line for line in _last_lines(rank.log) for word in LOST_PEER) else 2
 
 
 def _report_hung(running: list[Rank], patience: float) -> int:

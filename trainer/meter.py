@@ -3,11 +3,13 @@
 import resource
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from trainer.cluster import Member
+from trainer.energy import EnergyMeter
 
 
 @dataclass
@@ -17,11 +19,17 @@ class Meter:
     Attributes:
         multiply_adds: of one image's forward pass.
         global_batch: images per step.
+        energy: of this rank's device.
+        base: bytes of this rank before it built anything (`resident_bytes`).
+        used: joules, and the device-seconds that they are of, over all ranks; as of the last `metrics` or `settle`.
     """
 
     member: Member
     multiply_adds: int
     global_batch: int
+    energy: EnergyMeter
+    base: int = 0
+    used: tuple[float, float] = (0.0, 0.0)
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     waited: float = 0.0  # seconds this rank stood waiting for data
@@ -48,9 +56,10 @@ class Meter:
         left out when no step of the interval was healthy.
         """
         assert self.sums is not None, "metrics of an interval without steps"
-        total = self.sums.double().cpu()
+        total = torch.cat([self.sums.double().cpu(), torch.tensor(self.energy.read(), dtype=torch.float64)])
         dist.all_reduce(total, group=self.member.control)
-        loss, healthy = float(total[0]), float(total[1])
+        loss, healthy, *used = total.tolist()
+        self.used = used[0], used[1]
         seconds = time.perf_counter() - self.started
         rate = self.steps * self.global_batch / seconds
         values = {
@@ -66,6 +75,12 @@ class Meter:
             values["perf/mfu"] = 6.0 * self.multiply_adds * rate / (self.member.world * self.member.peak)
         return values
 
+    def settle(self) -> None:
+        """Bring `used` up to date when no more steps follow. A collective call."""
+        total = torch.tensor(self.energy.read(), dtype=torch.float64)
+        dist.all_reduce(total, group=self.member.control)
+        self.used = float(total[0]), float(total[1])
+
     @property
     def skipped_in_a_row(self) -> int:
         """Steps up to now whose update was left out. Waits for the device."""
@@ -77,3 +92,10 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory held now: on the GPU by torch's allocator, on the CPU by the process, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -7,6 +7,9 @@ from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, norm, spec
 from trainer import cluster
+from trainer.deepspeed_config import deepspeed_config, weights
+from trainer.deepspeed_shims import Cutter
+from trainer.partition import stages
 from trainer.plan import Layout
 
 
@@ -26,7 +29,14 @@ def head_bias(run: Run, dataset: Dataset) -> Tensor | float:
 
 def bare(run: Run, classes: int, device: torch.device, bias: Tensor | float = 0.0) -> coatnet.CoAtNet:
     """The network with its initial weights; they depend on the seed and the parameters' names alone."""
-    model = coatnet.build(
+    model = built(run, classes)
+    coatnet.initialise(model, run.seed, device, bias)
+    return model
+
+
+def built(run: Run, classes: int) -> coatnet.CoAtNet:
+    """The network on the meta device: shapes without values."""
+    return coatnet.build(
         spec.of(run.model),
         resolution=run.model.resolution,
         classes=classes,
@@ -36,16 +46,25 @@ def bare(run: Run, classes: int, device: torch.device, bias: Tensor | float = 0.
         bias_lookup=run.model.bias_lookup,
         drop_group=run.model.drop_path_group,
     )
-    coatnet.initialise(model, run.seed, device, bias)
-    return model
 
 
 def in_layout(
     run: Run, classes: int, plan: Layout, member: cluster.Member, bias: Tensor | float = 0.0
 ) -> coatnet.CoAtNet:
-    """The network for training: BatchNorm knows its groups, which may span a team of ranks. A collective call."""
-    model = bare(run, classes, member.device, bias)
-    team = cluster.team_group(member, plan.team)
+    """This rank's stage of the network for training. A collective call.
+
+    BatchNorm knows its groups, which may span a team of ranks. Under ZeRO-3 the weights are in pieces, block by block
+    as they are made, so that no rank ever holds the whole.
+    """
+    model = built(run, classes)
+    if plan.stages > 1:
+        cut = stages(run, classes, plan.micro_batch)[member.stage]
+        model.cut(cut.first, cut.last)
+    cutter = None
+    if run.parallel.zero == 3:
+        cutter = Cutter(member, deepspeed_config(run, plan, weights(run, classes, *model.part)))
+    coatnet.initialise(model, run.seed, member.device, bias, cutter)
+    team = cluster.team_group(member, plan.team, run.cluster.timeout)
     norm.configure(model, group=min(plan.micro_batch, plan.replica_batch), process_group=team)
     if run.parallel.compile:
         coatnet.compile_blocks(model)

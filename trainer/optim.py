@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from configs.schema import Optim
+from trainer.moments import HalfMoments
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -33,11 +35,18 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     ]
 
 
-def adamw(groups: list[dict[str, Any]], optim: Optim, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `groups`; torch's fused kernel, so that nothing is compiled at start."""
+def adamw(
+    groups: list[dict[str, Any]], optim: Optim, device: torch.device, moments: Literal["fp32", "bf16"] = "fp32"
+) -> torch.optim.AdamW:
+    """AdamW over `groups`; torch's fused kernel, so that nothing is compiled at start.
+
+    Args:
+        moments: how the two moments are kept (`precision.moments`).
+    """
     bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(bare, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+    kind = HalfMoments if moments == "bf16" else torch.optim.AdamW
+    return kind(bare, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def learning_rate(optim: Optim, step: int, steps: int, warmup: int) -> float:
@@ -53,3 +62,22 @@ def learning_rate(optim: Optim, step: int, steps: int, warmup: int) -> float:
     progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
     return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+def clip(parameters: list[nn.Parameter], limit: float, stages: dist.ProcessGroup | None) -> Tensor:
+    """Scale the gradients of a stage so that the norm over all stages is at most `limit`.
+
+    Args:
+        stages: the ranks whose parameters belong to the same model; None: only this one.
+
+    Returns:
+        () the global norm before.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if stages is not None:
+        squares = norm.square()
+        dist.all_reduce(squares, group=stages)
+        norm = squares.sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

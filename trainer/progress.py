@@ -1,18 +1,31 @@
 """The line a person watches while a run goes on."""
 
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from configs.duration import clock
+from trainer.live import sparkline, speed
+from trainer.statement import amount
+
+KEPT = 400  # losses of the curve in the live line
+CURVE = 16  # its characters
+
 
 class ProgressLine:
-    """Loss, images per second and time to go: a live line on a terminal, plain lines elsewhere. First rank only."""
+    """Loss, speed, goodput, cost so far and time to go: a live line on a terminal, plain lines elsewhere.
 
-    def __init__(self, name: str, steps: int, shown: bool) -> None:
-        self._shown, self._name, self._steps = shown, name, steps
+    First rank only.
+    """
+
+    def __init__(self, name: str, steps: int, shown: bool, currency: str = "") -> None:
+        self._shown, self._name, self._steps, self._currency = shown, name, steps, currency
+        self._losses: deque[float] = deque(maxlen=KEPT)
         self._console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
         self._first, self._started = 0, time.perf_counter()
         self._live: Progress | None = None
@@ -36,10 +49,12 @@ class ProgressLine:
         gone = time.perf_counter() - self._started
         left = gone / max(1, step - self._first) * (self._steps - step)
         loss = f"{values['train/loss']:.4f}" if "train/loss" in values else "not finite"
-        text = (
-            f"step {step}/{self._steps}  loss {loss}  "
-            f"{values['perf/images_per_second']:.1f} images/s  ETA {clock(left)}"
-        )
+        self._losses.append(values.get("train/loss", math.nan))
+        curve = f" {sparkline(self._losses, CURVE)}" if self._live is not None and len(self._losses) > 2 else ""
+        rates = speed(values["perf/images_per_second"], values.get("perf/mfu"), values.get("perf/goodput"))
+        cost = values.get("cost/money")
+        spent = f"  {amount(cost)} {self._currency}" if cost is not None else ""
+        text = f"step {step}/{self._steps}  loss {loss}{curve}  {rates}{spent}  ETA {clock(left)}"
         if self._live is not None:
             self._live.update(self._task, completed=step, description=text)
         else:
@@ -54,12 +69,3 @@ class ProgressLine:
         """Leave the terminal as it was."""
         if self._live is not None:
             self._live.stop()
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, with days in front where there are any."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    text = f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{days}d {text}" if days else text

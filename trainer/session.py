@@ -1,8 +1,8 @@
 """A run in progress on one rank: its parts, its place in the schedule, and what is written down about it."""
 
+import contextlib
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,28 @@ from data_pipeline import damage
 from data_pipeline.manifest import Dataset, Split
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
+from data_pipeline.reader import Part
 from data_pipeline.stream import heldout_loader
-from trainer import checkpoint, environment
+from models import cost, spec
+from trainer import environment, goodput, retention
 from trainer.cluster import Member
 from trainer.engine import Engine
 from trainer.evaluate import describe, evaluate
+from trainer.examples import Examples
+from trainer.goodput import Book, Clock
+from trainer.guard import Guard
 from trainer.ledger import Ledger
 from trainer.meter import Meter
 from trainer.progress import ProgressLine
+from trainer.pulse import Pulse
+from trainer.saver import Saver
+from trainer.stopping import StopFlag
 from trainer.track import RunLog
 
-PATIENCE = 5  # steps in a row without a finite gradient until a run counts as diverged
+
+def part_of(member: Member) -> Part:
+    """What this rank's stage needs of a batch: the first one the pictures, the last one the labels."""
+    return "all" if member.begins else "labels" if member.ends else "seeds"
 
 
 @dataclass
@@ -35,8 +46,12 @@ class Session:
         steps: of the whole schedule.
         end: where this run stops: `steps`, but for a check with `--steps`.
         step: updates made.
-        held_since: when the ledger last counted device time.
+        clock: of its wall time, by class.
+        pulse: of its signs of life.
+        saved: step of the last checkpoint that is on disk, or that it began from.
         latest: the figures of the last log line.
+        saver: of its checkpoints.
+        guard: of its health, and of which batches of data it takes.
     """
 
     run: Run
@@ -54,29 +69,54 @@ class Session:
     warmup: int
     end: int
     step: int
-    held_since: float
+    clock: Clock
+    pulse: Pulse
+    guard: Guard
     latest: dict[str, float] = field(default_factory=dict)
+    saver: Saver = field(init=False)
+    saved: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        wish = self.run.checkpoint
+        # A trace holds what the step's threads do in their order, into which a writer's would fall anywhere.
+        background = wish.asynchronous and not self.run.parallel.trace and not self.run.data.synthetic
+        background &= self.run.parallel.offload != "nvme"  # memory has no room for what lies on a disk
+        self.saver = Saver(self.folder / "checkpoints", wish, self.member, background, self.run.guard.reach)
+        self.saver.interval.begin(self.step)
+        self.saved = self.step
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many updates, and at the end, is due."""
         return self.step == self.end or (every > 0 and self.step % every == 0)
+
+    @property
+    def consumed(self) -> int:
+        """The data's cursor: global index of the first sample of the next update."""
+        return self.guard.skipped.batch(self.step) * self.run.data.global_batch
 
     def event(self, kind: str, **facts: Any) -> None:
         """Write an event, on the first rank."""
         if self.log is not None:
             self.log.event(kind, step=self.step, **facts)
 
-    def count_device_time(self) -> None:
-        """Add the time since the last call to the ledger, times the number of devices."""
-        now = time.perf_counter()
-        self.ledger.device_seconds += self.member.world * (now - self.held_since)
-        self.held_since = now
+    def count_time(self) -> Book:
+        """Bring the ledger's device time and energy up to now; returns the sums of wall time."""
+        book = self.clock.now()
+        self.ledger.held(book)
+        self.ledger.measured(*self.meter.used)
+        self.clock.ledger = self.ledger.state()
+        return book
 
-    def log_line(self, rate: float, grad_norm: float) -> bool:
-        """Write the interval's figures everywhere; false when the run has diverged."""
-        self.count_device_time()
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """Time and images go on from a checkpoint's state, or from nothing: what was done since then is lost."""
+        self.clock.go_on(state.get("goodput") if state else None)
+        self.ledger.go_on(state["ledger"] if state else None, self.clock.ledger, self.clock.held)
+        self.count_time()
+
+    def log_line(self, rate: float, grad_norm: float) -> None:
+        """Write the interval's figures everywhere."""
         values = self.meter.metrics()
-        values |= {"train/lr": rate, **self.ledger.metrics()}
+        values |= goodput.metrics(self.count_time()) | {"train/lr": rate, **self.ledger.metrics()}
         if math.isfinite(grad_norm):
             values["train/grad_norm"] = grad_norm
         self.meter.restart()
@@ -88,58 +128,138 @@ class Session:
         if self.log is not None:
             self.log.metrics(self.step, values)
             self.line.show(self.step, values)
-        bad = self.meter.skipped_in_a_row
-        if bad < PATIENCE:
-            return True
-        self.line.say(
-            f"diverged: the gradients of the last {bad} steps up to {self.step} were not finite and their updates "
-            f"were left out. Lower optim.lr or lengthen the warm-up, under another --name"
-        )
-        return False
 
-    def save(self) -> None:
-        """Save a checkpoint, all ranks together, and delete those no longer kept."""
-        self.count_device_time()
-        began = time.perf_counter()
-        state = {
+    def save_due(self, scoring: bool) -> bool:
+        """Whether a save is due; so it is where a rule wants one kept, at a step or beside an evaluation."""
+        wish = self.run.checkpoint
+        kept = (wish.keep_every > 0 and self.step % wish.keep_every == 0) or (scoring and bool(wish.keep_best))
+        return self.step == self.end or self.saver.interval.due(self.step) or kept
+
+    def warn_of_low_disk(self) -> None:
+        """Say before the first save whether the disk has room for those to come; on the first rank."""
+        run, root = self.run, self.saver.root
+        size = cost.count(spec.of(run.model), run.model.resolution, classes=self.dataset.classes).parameters
+        size *= 4 * (4 if run.optim.ema else 3)  # fp32: value, AdamW's two moments, average
+        text = "" if run.data.synthetic else retention.forecast(root, size, retention.coming(root, run.checkpoint))
+        if text:
+            self.line.say(text)
+            self.event("warning", of="save", text=text)
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds until the last save was on disk, None before the first."""
+        return self.saver.interval.stall + self.saver.interval.write or None
+
+    def save(self, last: bool = False) -> None:
+        """Save a checkpoint, all ranks together; what comes of it is told here or by a later `tell_saves`.
+
+        Args:
+            last: nothing follows, so that it must succeed. So it is at the end of the run too.
+
+        Raises:
+            SaveError: the last save could not be written; any other only is told.
+        """
+        interval = self.saver.interval
+        interval.end(self.step)
+        before, engine = interval.steps, self.engine
+        parts, last = engine.fragments(owned=True), last or self.step == self.end
+        try:
+            with self.clock.of("save"):
+                self.saver.save(self.step, self.state(), parts, engine.buffers(), last)
+        finally:
+            self.tell_saves()
+        if interval.steps != before:
+            self.event("interval", steps=interval.steps, stall=interval.stall, write=interval.write)
+            self.line.say(
+                f"saves every {interval.steps} steps from now on (each stops training {interval.stall:.2f} s)"
+            )
+        interval.begin(self.step)
+        self.meter.restart()
+
+    def state(self) -> dict[str, Any]:
+        """The small state of a checkpoint. Every random choice of a run is a function of its seed and a position."""
+        self.count_time()
+        return {
             "step": self.step,
             "updates": self.engine.updates,
-            "order": self.order.state(self.step * self.run.data.global_batch, self.split.fingerprint),
+            "order": self.order.state(self.consumed, self.split.fingerprint),
+            "schedule": {"steps": self.steps, "warmup": self.warmup},
+            "rng": {"seed": self.run.seed, "by": "position"},
+            "guard": self.guard.state(),
+            "meters": self.latest,  # a save ends the interval of the figures: no sums are under way
             "ledger": self.ledger.state(),
+            "goodput": self.clock.state(),
             "config": resolve.digest(self.run),
             "run": json.loads(resolve.to_json(self.run)),
             "vocabulary": list(self.dataset.vocabulary),
             "world": self.member.world,
             "versions": environment.versions(),
         }
-        root, engine = self.folder / "checkpoints", self.engine
-        checkpoint.save(root, self.step, state, engine.fragments(owned=True), engine.buffers(), self.member)
-        if self.member.first:
-            for problem in checkpoint.prune(root, self.run.checkpoint.keep, self.step):
-                self.line.say(problem)
-            self.event("save", seconds=time.perf_counter() - began)
-        self.meter.restart()
 
-    def score(self, final: bool = False) -> None:
-        """Evaluate the raw and the averaged weights on the held-out split and write the scores down."""
-        scores = {f"eval/{name}": value for name, value in self._held_out().items()}
-        if self.engine.average is not None:
-            with self.engine.averaged():
-                scores |= {f"eval_ema/{name}": value for name, value in self._held_out().items()}
-        self.count_device_time()
+    def tell_saves(self, wait: bool = False) -> None:
+        """Write down what became of the saves that ended since the last call, or with `wait` of all."""
+        with self.clock.of("save"):
+            outcomes = self.saver.finished(wait)
+        for outcome in outcomes:
+            self.saved = self.saved if outcome.problem else outcome.step
+            if not self.member.first:
+                continue
+            for note in outcome.notes:
+                self.line.say(note)
+                self.event("warning", of="save", text=note)
+            if outcome.problem:
+                self.line.say(f"NOT SAVED at step {outcome.step}: {outcome.problem}")
+                self.event("save_failed", of_step=outcome.step, reason=outcome.problem)
+            else:
+                facts = {name: getattr(outcome, name) for name in ("stall", "write", "bytes")}
+                self.event("save", of_step=outcome.step, seconds=outcome.stall, **facts)
+
+    def rescue_save(self) -> None:
+        """Let a save under way get to the disk before an error ends the run."""
+        with contextlib.suppress(RuntimeError):  # another rank is gone: that save is lost, older ones are not
+            self.tell_saves(wait=True)
+
+    def score(self, stop: StopFlag, final: bool = False) -> bool:
+        """Evaluate the raw and the averaged weights on the held-out split and write the scores down.
+
+        Returns:
+            Whether it came to its end: a request to stop breaks it off, and nothing is written.
+        """
+        examples = Examples(self.run, self.dataset.classes) if final else None
+        with self.clock.of("evaluation"):
+            average = self.engine.average is not None
+            found = self._held_out(stop, None if average else examples)
+            scores = {f"eval/{name}": value for name, value in found.items()}
+            if average and not stop.stopping:
+                with self.engine.averaged():
+                    found = self._held_out(stop, examples)
+                    scores |= {f"eval_ema/{name}": value for name, value in found.items()}
+        if stop.stopping:
+            self.line.say("asked to stop: this evaluation is not finished")
+            return False
+        if examples is not None:
+            examples.write(self.folder, self.step, self.member)
         self.event("evaluation", **scores)
+        if self.member.first and self.saver.root.exists():
+            problem = retention.write_score(self.saver.root, self.step, scores)
+            if problem:
+                self.line.say(problem)
+                self.event("warning", of="score", text=problem)
         if self.log is not None:
             self.log.metrics(self.step, scores)
             self.line.say(describe(scores))
             if final:
                 (self.folder / "evaluation.json").write_text(json.dumps({"step": self.step, **scores}, indent=2))
         self.meter.restart()
+        return True
 
-    def _held_out(self) -> dict[str, float]:
+    def _held_out(self, stop: StopFlag, examples: Examples | None) -> dict[str, float]:
         """Scores of the model as it stands, by name. A collective call."""
-        batches = heldout_loader(self.dataset, "heldout", self.run, self.member.rank, self.member.world)
+        replica, replicas, part = self.member.replica, self.member.replicas, part_of(self.member)
+        batches = heldout_loader(self.dataset, "heldout", self.run, replica, replicas, part)
+        watched = self.pulse.over(stop.until(batches, self.member))
         with self.engine.evaluation() as forward:
-            return evaluate(forward, batches, self.run, self.dataset, self.member)
+            return evaluate(forward, watched, self.run, self.dataset, self.member, examples)
 
     def speed(self) -> str:
         """What a check of a machine wants to know."""

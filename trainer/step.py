@@ -1,5 +1,6 @@
 """One optimizer step: its micro-batches, the update, the BatchNorm statistics."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,47 +14,81 @@ from data_pipeline.stream import Batch
 from models import drop_path, norm
 from models.coatnet import CoAtNet
 from trainer.engine import Engine
+from trainer.gate import Gate
 from trainer.loss import loss_function
-from trainer.recompute import run_block
+from trainer.pipeline import Micro
 
 
 class StepResult(NamedTuple):
     """What a step leaves; nothing here has waited for the device."""
 
-    loss: Tensor  # mean over this rank's samples
+    loss: Tensor  # mean over this replica's samples
     grad_norm: Tensor  # global, before clipping
-    healthy: Tensor  # () bool: the gradient is finite, the update was made
+    healthy: Tensor  # () bool: loss and gradient are finite and within their limits, the update was made
     waited: float  # seconds spent waiting for data
+    computed: float  # seconds this thread had a core, but for the data
+    batches: list[Batch]  # what it trained on, as it was loaded
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], run: Run, classes: int, learning_rate: float, step: int
+    engine: Engine,
+    batches: Iterator[Batch],
+    run: Run,
+    classes: int,
+    learning_rate: float,
+    step: int,
+    limit: float = math.inf,
 ) -> StepResult:
     """Fetch this rank's micro-batches of the next global batch, accumulate their gradients, update once.
 
     Args:
         step: updates made when this one is done.
+        limit: of the loss, a mean over all replicas, above which the update is left out.
     """
-    model, device = engine.model, engine.member.device
-    assert isinstance(model, CoAtNet)
-    loss_of, blocks = loss_function(run.optim.loss), run_block(run.parallel.recompute)
-    total = torch.zeros((), device=device)
-    waited = 0.0
-    for _ in range(engine.layout.accumulation):
-        asked = time.perf_counter()
-        cpu_batch = next(batches)
-        waited += time.perf_counter() - asked
-        batch = cpu_batch.to(device)
-        images = augment.prepare(batch, run.augment, torch.float32, run.precision.channels_last)
-        wanted = augment.targets(batch, classes, run.optim.label_smoothing, run.optim.loss)
-        drop = None
-        if run.model.drop_path > 0:
-            drop = drop_path.scales(cpu_batch.seeds_B, model.drop_rates, model.drop_group)
-            drop = drop.to(device, non_blocking=True)
-        total += engine.forward_backward(images, wanted, loss_of, drop_SB=drop, run=blocks)
+    began = time.thread_time()
+    source = Micros(engine, batches, run, classes)
+    gate = Gate(loss_function(run.optim.loss), engine.layout.accumulation, limit, engine.member.data_group)
+    loss = engine.forward_backward(source, gate)
     grad_norm = engine.update(learning_rate)
     healthy = torch.isfinite(grad_norm)
-    norm.commit(model, healthy=healthy)
+    norm.commit(engine.model, engine.member.data_group, healthy)
     if engine.average is not None:
         engine.average.update(step)
-    return StepResult(total / engine.layout.accumulation, grad_norm, healthy, waited)
+    computed = time.thread_time() - began - source.loading
+    return StepResult(loss, grad_norm, healthy, source.waited, computed, source.taken)
+
+
+class Micros(Iterator[Micro]):
+    """Micro-batches on the device, each with what this rank's stage needs of it.
+
+    Attributes:
+        waited: seconds spent waiting for data.
+        loading: seconds of them in which this thread had a core.
+        taken: the batches handed out, as they were loaded.
+    """
+
+    def __init__(self, engine: Engine, batches: Iterator[Batch], run: Run, classes: int) -> None:
+        assert isinstance(engine.model, CoAtNet)
+        self._model, self._member = engine.model, engine.member
+        self._batches, self._run, self._classes = batches, run, classes
+        self.waited = self.loading = 0.0
+        self.taken: list[Batch] = []
+
+    def __next__(self) -> Micro:
+        """The next micro-batch; waits for the loader, not for the device."""
+        asked, busy = time.perf_counter(), time.thread_time()
+        cpu_batch = next(self._batches)
+        self.waited += time.perf_counter() - asked
+        self.loading += time.thread_time() - busy
+        self.taken.append(cpu_batch)
+        run, device = self._run, self._member.device
+        batch = cpu_batch.to(device)
+        images = wanted = drop = None
+        if self._member.begins:
+            images = augment.prepare(batch, run.augment, torch.float32, run.precision.channels_last)
+        if self._member.ends:
+            wanted = augment.targets(batch, self._classes, run.optim.label_smoothing, run.optim.loss)
+        if run.model.drop_path > 0:
+            drop = drop_path.scales(cpu_batch.seeds_B, self._model.drop_rates, self._model.drop_group)
+            drop = drop.to(device, non_blocking=True)
+        return Micro(images, wanted, drop)

@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from configs.errors import InputError
 from configs.schema import Run
@@ -21,7 +22,9 @@ from trainer.launch import with_rooms
 
 # Fields of `Tracking` and packages at once; beside them the names people know. "mlflow" comes with the trainer.
 DESTINATIONS = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B"}
+EXAMPLES = "examples.json"  # in the run's folder: what `trainer.examples` found in the last evaluation
 PATIENCE = 120.0  # seconds the first rank waits at the end for what the writer still has to carry
+UPLOAD = 600.0  # and where the run's weights are among it
 
 
 class RunLog:
@@ -30,29 +33,64 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "events").mkdir(parents=True, exist_ok=True)
-        self._metrics = _continued(folder / "metrics.jsonl")
-        self._events = _continued(folder / "events" / "rank-00000.jsonl")
+        self._metrics = Lines(folder / "metrics.jsonl")
+        self._events = Lines(folder / "events" / "rank-00000.jsonl")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of figures after `step` updates."""
-        self._metrics.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "time": time.time(), **values}))
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened: start, resume, save, evaluation, stop, done, diverged."""
-        self._events.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
+        self._events.write(json.dumps({"time": time.time(), "event": kind, **facts}))
 
-    def close(self) -> None:
-        """Close the files."""
-        self._metrics.close()
-        self._events.close()
+    def close(self) -> list[str]:
+        """Close the files; returns a sentence for each that misses lines."""
+        return [text for text in (self._metrics.close(), self._events.close()) if text]
 
 
-def _continued(path: Path) -> TextIO:
-    """A file of JSON lines to append to; a line that a crash left half written is cut off first."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return path.open("a", buffering=1)
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The first rank's events; a line that a crash left half written is passed over."""
+    file = folder / "events" / "rank-00000.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+class Lines:
+    """A file of lines to append to. What a full disk does not take waits in memory: no run ends for its log.
+
+    A line that a crash left half written is cut off first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: deque[bytes] = deque()
+        self._problem = ""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
+
+    def write(self, line: str) -> None:
+        """Append a line, after those that still wait."""
+        self._waiting.append(line.encode() + b"\n")
+        self._flush()
+
+    def close(self) -> str:
+        """Close the file; returns what it misses, or nothing."""
+        self._flush()
+        os.close(self._file)
+        left = len(self._waiting)
+        return f"{self._path}: {left} lines could not be written: {self._problem}" if left else ""
+
+    def _flush(self) -> None:
+        """Write what waits, as far as the disk takes it."""
+        try:
+            while self._waiting:
+                rest = self._waiting[0][os.write(self._file, self._waiting[0]) :]
+                self._waiting.popleft()
+                if rest:  # the last bytes that fitted
+                    self._waiting.appendleft(rest)
+        except OSError as error:
+            self._problem = str(error)
 
 
 class CarryProcess:
@@ -67,13 +105,15 @@ class CarryProcess:
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
     def close(self, patience: float = PATIENCE) -> str | None:
-        """Let it finish what is written.
+        """Let it finish what is written; weights for a registry may take longer.
 
         Returns:
             None, or a sentence on which destinations miss something and where it still is.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()  # end of input: the run is over
+        if self._run.tracking.register and (self._folder / "done").exists():
+            patience = max(patience, UPLOAD)
         try:
             self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
@@ -86,7 +126,10 @@ class CarryProcess:
         missing = [DESTINATIONS[name] for name in wanted(self._run) if Position(self._folder, name).finished != size]
         if not missing:
             return None
-        return f"{' and '.join(missing)} did not take everything (logs/carry.log says why); metrics.jsonl has all of it"
+        return (
+            f"{' and '.join(missing)} did not take everything (logs/carry.log says why); metrics.jsonl has all of it; "
+            f"`coatnet track sync {self._folder}` carries the rest"
+        )
 
 
 def wanted(run: Run) -> list[str]:

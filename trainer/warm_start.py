@@ -1,23 +1,28 @@
 """Weights of another run, or of an exported file, in place of fresh ones: `coatnet train --init.path`.
 
-They fill the whole network before the engine cuts it, so that they go into every layout; a checkpoint's fragments are
-intervals, so that they come from every layout.
+They go into the engine's fragments, which are intervals of parameters, and so into every layout; a checkpoint's
+fragments are intervals too, so that they come from every layout.
 """
 
 import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from configs.errors import InputError
 from configs.schema import Init, Run
 from data_pipeline.manifest import Dataset
 from models import interop, spec, timm_design
 from models.card import Card
-from models.coatnet import CoAtNet
 from models.compare import check_fit
 from models.weight_file import check_finite, located
-from trainer import checkpoint, export
-from trainer.cluster import Member
+from trainer import checkpoint, export, network
+from trainer.ema import AVERAGE
+from trainer.engine import Engine
 from trainer.track import run_folder
 
 REMEDY = "--init.head reset"
@@ -47,8 +52,8 @@ def check(run: Run, dataset: Dataset, verified: bool = True) -> None:
             check_finite({name: value}, run.init.path)
 
 
-def warm_start(run: Run, dataset: Dataset, model: CoAtNet, member: Member) -> dict[str, Any]:
-    """Fill a fresh network on this rank with the weights that the run starts from. A collective call.
+def warm_start(run: Run, dataset: Dataset, engine: Engine) -> dict[str, Any]:
+    """Let an engine begin with the weights that the run starts from. A collective call.
 
     Returns:
         What the run's events say about it: path, digest, kind and step of the weights, and their resolution.
@@ -56,7 +61,7 @@ def warm_start(run: Run, dataset: Dataset, model: CoAtNet, member: Member) -> di
     Raises:
         InputError: they do not fit or are not finite, by the tensor's name.
     """
-    path = Path(run.init.path)
+    path, member = Path(run.init.path), engine.member
     if export.is_run(path):
         saved = checkpoint.newest(path / "checkpoints", member)
         if saved is None:
@@ -70,9 +75,27 @@ def warm_start(run: Run, dataset: Dataset, model: CoAtNet, member: Member) -> di
         with located(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest() if member.first else ""
     _check(run, dataset, card)
-    interop.fill(model, tensors, run.init.path, run.init.head)
+    whole = network.built(run, dataset.classes)
+    _fill(engine, interop.fitted(whole, tensors, run.init.path, run.init.head))
     facts = {"path": run.init.path, "digest": digest, "weights": card.weights, "of_step": card.step}
     return facts | {"resolution": list(card.resolution), "head": run.init.head}
+
+
+@torch.no_grad()
+def _fill(engine: Engine, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put whole tensors into what this rank holds of them, and into its averages."""
+    parts, buffers = defaultdict(list), engine.buffers()
+    for part in engine.fragments(owned=False):
+        parts[part.name].append(part)
+    for name, value in tensors:
+        for part in parts[name]:
+            mine = value.reshape(-1)[part.offset : part.offset + part.value.numel()]
+            for target in (part.value, part.moments.get("ema")):
+                if target is not None:
+                    target.copy_(mine)
+        for key in {name, AVERAGE + name} & buffers.keys():
+            buffers[key].copy_(value)
+    engine.restored(0)
 
 
 def _refuse_without_effect(run: Run) -> None:

@@ -119,6 +119,7 @@ def write_manifest(
     vocabulary: Sequence[str],
     label_counts: Sequence[int],
     card: Mapping[str, object],
+    label_field: str = "",
 ) -> None:
     """Write what makes `root` a data set: a Parquet file for each split's `rows`, and the manifest last.
 
@@ -129,6 +130,7 @@ def write_manifest(
         vocabulary: names of the classes.
         label_counts: how many training pictures carry each class, (classes,).
         card: the data card, JSON values.
+        label_field: of the `json` members, where the labels are not in a usual place.
     """
     entries = {}
     for split, listed in rows.items():
@@ -139,7 +141,7 @@ def write_manifest(
             "shards": len(listed),
             "index": f"{split}.parquet",
             "sha256": hashlib.sha256(index).hexdigest(),
-            "fingerprint": fingerprint(label_kind, vocabulary, listed),
+            "fingerprint": fingerprint(label_kind, vocabulary, listed, label_field),
         }
     content = {
         "format": FORMAT,
@@ -148,6 +150,7 @@ def write_manifest(
         "label_kind": label_kind,
         "vocabulary": list(vocabulary),
         "label_counts": list(label_counts),
+        **({"label_field": label_field} if label_field else {}),
         "splits": entries,
     }
     write_whole(root / MANIFEST, json.dumps(content, indent=1).encode())

@@ -26,7 +26,7 @@ from PIL import Image
 from configs.errors import InputError
 from data_pipeline.building.build import Picture, already_built, make_folder, split_of, write_dataset
 from data_pipeline.decode import decode
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Damage
 from data_pipeline.manifest import Dataset
 
 PACKAGE = "openclipart-png"
@@ -200,7 +200,7 @@ def _pixels(path: Path, short_side: int) -> _Pixels:
     """Decode a file; with a `short_side` above 0 make a larger picture smaller while its pixels are at hand."""
     try:
         pixels_CHW = decode(path.read_bytes(), MAX_PIXELS)
-    except DataError:
+    except Damage:
         return _Pixels("")  # counted in the data card
     pixels_HWC = np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
     height, width = pixels_HWC.shape[:2]

@@ -21,7 +21,7 @@ from configs.errors import InputError, unknown
 from data_pipeline.building.build import Picture, already_built, write_dataset
 from data_pipeline.building.clipart import clipart
 from data_pipeline.decode import decode
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Damage
 from data_pipeline.manifest import Dataset
 from data_pipeline.shard import PICTURE_EXTENSIONS
 
@@ -138,7 +138,7 @@ def folder(source: str | Path, out: str | Path, skip_unreadable: bool = False) -
         data = file.path.read_bytes()
         try:
             decode(data, MAX_PIXELS)
-        except DataError as error:
+        except Damage as error:
             unreadable.append(f"{file.relative}: {error}")
             continue
         content = hashlib.sha256(data).hexdigest()

@@ -93,6 +93,8 @@ def tar_labels(sample: TarSample, data: dict[str, bytes], wanted: str, where: st
         if member != "json":
             return words_of(text.strip(), where)
         value: object = json.loads(text)
+        if not fields and isinstance(value, dict) and "weights" in value:
+            raise InputError(f"{where}: has soft labels, which only `coatnet data adopt` takes, as they are")
         names = (
             fields.split(".") if fields else ["labels" if isinstance(value, dict) and "labels" in value else "label"]
         )

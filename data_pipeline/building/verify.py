@@ -15,9 +15,11 @@ import numpy as np
 
 from configs.errors import InputError
 from configs.schema import Data
+from data_pipeline.beton import is_beton
 from data_pipeline.building.workers import spread
-from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST, Dataset, Row, open_dataset
+from data_pipeline.errors import DataError, StoreError
+from data_pipeline.manifest import MANIFEST, Dataset, Row, check_files, open_dataset
+from data_pipeline.members import Labelling
 from data_pipeline.shard import OpenShard, OpenShards
 from data_pipeline.store import is_url
 
@@ -57,6 +59,7 @@ class _Job:
     classes: int
     single: bool
     deep: bool
+    labelling: Labelling
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,17 @@ def verify(path: str | Path, deep: bool = False, workers: int = 1) -> Report:
     """
     if is_url(str(path)):
         raise InputError(f"{path}: verify reads local folders; a shard behind a URL is verified whenever it is fetched")
-    dataset = open_dataset(path)
+    if is_beton(str(path)):
+        from data_pipeline.building.beton import verify_beton  # which takes its findings from here
+
+        return verify_beton(str(path), deep, workers)
+    dataset = open_dataset(path, look=False)  # a missing shard is a finding, and not the only one
     findings: list[Finding] = []
     extra: list[str] = []
     decoded = 0
     for split in dataset.splits.values():
         jobs = [
-            _Job(row, place, dataset.classes, dataset.label_kind == "single", deep)
+            _Job(row, place, dataset.classes, dataset.label_kind == "single", deep, split.labelling)
             for row, place in zip(split.rows, split.shard_paths, strict=True)
         ]
         labels: Counter[int] = Counter()
@@ -156,6 +163,10 @@ def _read_shard(job: _Job) -> _Read:
     findings = []
     labels: Counter[int] = Counter()
     decoded = 0
+    try:
+        check_files(job.path, job.row)
+    except StoreError as error:
+        return _Read((Finding(job.row.path, WHOLE_SHARD, "", str(error)),), {}, 0)
     shards = OpenShards([job.path], np.array([job.row.samples], dtype=np.int64), limit=1)
     try:
         with open(job.path, "rb") as file:
@@ -180,19 +191,19 @@ def _read_samples(job: _Job, opened: OpenShard) -> Iterator[Finding | set[int]]:
     for number in range(job.row.samples):
         key = ""
         try:
-            sample = opened.read(number, job.classes)
+            sample = opened.read(number, job.classes, job.labelling)
             key = sample.key
             where = f"{job.path}: sample {number} at byte {int(opened.sidecar.offsets[number])}, key {key!r}"
             if job.single and len(sample.labels) != 1:
                 raise DataError(f"{where}: {len(sample.labels)} labels in a data set of single labels")
             if job.deep:
-                _decode(sample.picture, where)
+                decode_whole(sample.picture, where)
             yield set(sample.labels)
         except DataError as error:
             yield Finding(job.row.path, number, key, str(error))
 
 
-def _decode(picture: bytes, where: str) -> None:
+def decode_whole(picture: bytes, where: str) -> None:
     """Decode a picture as training would.
 
     Raises:

@@ -30,7 +30,7 @@ from configs.schema import Augment, Cluster, Data, Model, Norm, Optim, Parallel,
 from data_pipeline import augment  # noqa: E402
 from data_pipeline.stream import train_loader  # noqa: E402
 from models import norm  # noqa: E402
-from trainer import bench, cluster, environment  # noqa: E402
+from trainer import bench, cluster, environment, goodput, pulse  # noqa: E402
 from trainer.launch import free_port, launch  # noqa: E402
 from trainer.loss import loss_function  # noqa: E402
 from trainer.recompute import run_block  # noqa: E402
@@ -119,19 +119,22 @@ def bare_steps(session: Session, steps: int) -> Callable[[], None]:
 def as_rank(run_file: str, rounds: int, steps: int, out: str) -> None:
     """One rank: warm both sides up, measure them in turn, and let the first rank write the seconds per step."""
     run = resolve.from_json(Path(run_file).read_text())
+    local_rank = cluster.local_rank()
     member = cluster.join(run)
-    session = prepare(run, member, time.perf_counter())
-    assert session.engine.layout.accumulation == 1, "the bare loop makes one pass a step"
-    sides = {
-        "trainer": timed(steps, trainer_steps(session, steps)),
-        "bare": timed(steps, bare_steps(session, steps)),
-    }
-    bench.alternate(sides, 1)
-    samples = bench.alternate(sides, rounds)
-    if member.first:
-        Path(out).write_text(json.dumps({"device": member.device_name, "samples": samples}))
-    session.line.close()
-    cluster.leave()
+    attempt = goodput.attempt(Path(run.folder), member.world, member.first)
+    with attempt as clock, pulse.beating(clock, member, local_rank) as beats:
+        session = prepare(run, member, clock, beats)
+        assert session.engine.layout.accumulation == 1, "the bare loop makes one pass a step"
+        sides = {
+            "trainer": timed(steps, trainer_steps(session, steps)),
+            "bare": timed(steps, bare_steps(session, steps)),
+        }
+        bench.alternate(sides, 1)
+        samples = bench.alternate(sides, rounds)
+        if member.first:
+            Path(out).write_text(json.dumps({"device": member.device_name, "samples": samples}))
+        session.line.close()
+        cluster.leave()
 
 
 def measure(case: str, ranks: int, rounds: int, steps: int) -> tuple[Run, dict[str, Any]]:

@@ -5,7 +5,8 @@
 Three measurements. trainer: `coatnet train demo-digits` in the two modes it has. plain: a loop in one process over
 models.coatnet in all three modes, the master copy written here; 200 steps on the same batches, ten steps of each mode
 in turn. coatnet0: one training step at 96 px and 16 pictures on one thread, in turn, because nano's small kernels say
-little of speed. Further words are overrides of demo-digits in the first two.
+little of speed. Further words are overrides of demo-digits in the first two. The bytes that a rank sends for a step
+of coatnet0 on eight are not measured here: they are those of trainer/wire.py, whose tests hold them against traces.
 """
 
 import dataclasses
@@ -21,22 +22,26 @@ from kept import ROOT, kept, spread  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from configs import resolve
-from configs.schema import Model, Norm, Optim, Run
+from configs.schema import Model, Norm, Optim, Parallel, Run
 from data_pipeline import augment
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.order import Order
 from data_pipeline.stream import heldout_loader, train_loader
 from models import norm
-from trainer import bench, environment
+from trainer import bench, environment, wire
 from trainer.cli_config import resolve_command
+from trainer.deepspeed_config import Weights, deepspeed_config
 from trainer.loss import loss_function
-from trainer.network import bare
+from trainer.network import bare, built
 from trainer.optim import adamw, learning_rate, parameter_groups
+from trainer.plan import layout
 
 MODES = ("fp32", "autocast", "master")
+BYTES = ("state", "activations", "ZeRO-1 traffic", "ZeRO-3 traffic")
 TRAINER = {"fp32": "fp32", "autocast": "bf16"}  # the trainer's words for the modes it has
 STEPS, CHUNK = 200, 10  # of the plain loop; steps of one mode in a row
 LARGE = (96, 16, 5)  # pixels, pictures, rounds
+RANKS = 8  # among which coatnet0's weights and gradients would travel
 
 
 class Training:
@@ -185,6 +190,49 @@ def large() -> dict[str, list[float]]:
     return found
 
 
+def on_the_wire(mode: str, zero: int) -> float:
+    """Bytes that each of RANKS ranks sends for a step of coatnet0 in one micro-batch, under a stage of ZeRO.
+
+    With bf16 parameters all that travels has two bytes an element, the new weights too; autocast's weights are fp32.
+    """
+    run = Run(norm=Norm(replica_batch=128), parallel=Parallel(zero=zero, recompute="none"))  # type: ignore[arg-type]
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, global_batch=RANKS * 128))
+    model = built(run, 1000)
+    plan = layout(run, RANKS)
+    sizes = [weight.numel() for weight in model.parameters()]
+    config = deepspeed_config(run, plan, Weights(sum(sizes), max(sizes)))["zero_optimization"]
+    groups = parameter_groups(model.named_parameters(), run.optim.weight_decay)
+    mapped = {
+        id(weight)
+        for layer in model.modules()
+        if type(layer) in (nn.Conv2d, nn.Linear)
+        for weight in layer.parameters(recurse=False)
+    }
+    share = wire.Share(
+        zero=zero,
+        dtype="fp32" if mode == "fp32" else "bf16",
+        recompute="none",
+        accumulation=1,
+        replicas=RANKS,
+        stages=1,
+        stage=0,
+        groups=[
+            [(weight.numel(), int(mode == "master" or id(weight) in mapped)) for weight in g["params"]] for g in groups
+        ],
+        channels=sum(layer.running_mean.numel() for layer in model.modules() if isinstance(layer, norm.BatchNorm)),
+        team=1,
+        to_next=0,
+        to_previous=0,
+        threshold=config["stage3_param_persistence_threshold"],
+        reuse=config["stage3_max_reuse_distance"],
+        shard=0,
+    )
+    whole = ("new weights", "small weights")  # in fp32 unless the parameters themselves are bf16
+    return sum(
+        traffic.sent / (2 if mode == "master" and traffic.purpose in whole else 1) for traffic in wire.of_step(share)
+    )
+
+
 def summarise(samples: dict[str, list[float]]) -> dict[str, str]:
     """What a reader wants to know of each measurement, and which mode the trainer therefore has.
 
@@ -199,11 +247,12 @@ def summarise(samples: dict[str, list[float]]) -> dict[str, str]:
             )
             for network in ("plain", "coatnet0")
         )
-        state, held = (samples[f"coatnet0 {mode} bytes of {name}"][0] for name in ("state", "activations"))
+        state, held, sent1, sent3 = (samples[f"coatnet0 {mode} bytes of {name}"][0] for name in BYTES)
         summary[f"plain loop, {mode}"] = (
             f"top-1 {spread(samples[f'plain {mode} top-1'])}, speed over fp32 {nano:.2f}x (nano) and "
             f"{speeds[mode]:.2f}x (coatnet0), {state:.0f} bytes of state a parameter, {held / 1e6:.0f} MB kept by "
-            f"coatnet0's forward pass"
+            f"coatnet0's forward pass, {sent1 / 1e6:.0f} MB sent by each of {RANKS} ranks for a step of coatnet0 under "
+            f"ZeRO-1 and {sent3 / 1e6:.0f} MB under ZeRO-3 (by formula)"
         )
     summary["chosen"] = (
         f"autocast over fp32 parameters: {speeds['autocast'] / speeds['master']:.2f}x the speed of bf16 parameters "
@@ -228,6 +277,9 @@ def main(seeds: int, words: list[str]) -> None:
         for figure, value in kept("precision-plain", run, functools.partial(plain, run)).items():
             samples.setdefault(f"plain {figure}", []).append(value)
     samples |= large()
+    for mode in MODES:
+        for zero in (1, 3):
+            samples[f"coatnet0 {mode} bytes of ZeRO-{zero} traffic"] = [on_the_wire(mode, zero)]
     record = bench.Record(
         name="precision",
         command=" ".join(["python tests/benchmarks/precision.py", str(seeds), *words]),

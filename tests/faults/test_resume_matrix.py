@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -125,8 +125,12 @@ class Life:
             end.close()
 
 
-def chain(run: Run, layouts: Sequence[Layout], seed: int, last: int) -> None:
-    """Kill a life of each layout at a random sample, do `last` steps without loader processes, compare the whole."""
+def chain(run: Run, layouts: Sequence[Layout], seed: int, last: int) -> int:
+    """Kill a life of each layout at a random sample, do `last` steps without loader processes, compare the whole.
+
+    Returns:
+        How many samples were compared.
+    """
     draw, dataset = random.Random(seed), open_data(run)
     order = mixture.begin(run, dataset.split("train"))
     identity = dataset.split("train").fingerprint
@@ -147,6 +151,7 @@ def chain(run: Run, layouts: Sequence[Layout], seed: int, last: int) -> None:
     assert sorted(seen) == list(range(consumed))
     assert [seen[index] for index in range(consumed)] == alone(run, dataset, order, consumed // BATCH)
     check_epochs(dataset, [seen[index][1] for index in range(consumed)])
+    return consumed
 
 
 def check_epochs(dataset: Dataset, keys: list[str]) -> None:
@@ -172,11 +177,15 @@ def test_killed_loaders_resume_exactly(roots: tuple[str, str], mixed: bool, layo
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("mixed", [False, True], ids=["one", "mixture"])
-def test_killed_loaders_resume_exactly_in_every_layout(roots: tuple[str, str], mixed: bool) -> None:
+def test_killed_loaders_resume_exactly_in_every_layout(
+    roots: tuple[str, str], mixed: bool, record_property: Callable[[str, object], None]
+) -> None:
     draw = random.Random(mixed)
     every = [(workers,) * world for world in (1, 2, 3, 4) for workers in (0, 1, 3)]
     layouts: list[Layout] = []
     while len(layouts) < KILLS:  # each round kills every layout once, in another order
         layouts += draw.sample(every, len(every))
-    for first in range(0, len(layouts), 12):
-        chain(run_of(roots, mixed), layouts[first : first + 12], seed=first + mixed, last=8)
+    chains = range(0, len(layouts), 12)
+    samples = [chain(run_of(roots, mixed), layouts[first : first + 12], first + mixed, last=8) for first in chains]
+    record_property("kills of all ranks and loaders", len(layouts))
+    record_property("samples after them, in their places with their pixels", sum(samples))

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ assert _spec is not None
 assert _spec.loader is not None
 store_server: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(store_server)
+
+Property = Callable[[str, object], None]
 
 RETRIES = 3
 PATIENCE = Patience(retries=RETRIES, wait=0.002, timeout=0.4)
@@ -123,10 +126,11 @@ def one_case(seed: int, server: Any, store: Path, folder: Path) -> str:
     return "given up" if said else "read"
 
 
-def campaign(seeds: range, server: Any, store: Path, tmp_path: Path) -> None:
-    outcomes = [one_case(seed, server, store, tmp_path / str(seed)) for seed in seeds]
-    assert outcomes.count("read") > len(seeds) // 2
-    assert "given up" in outcomes
+def campaign(seeds: range, server: Any, store: Path, tmp_path: Path) -> Counter[str]:
+    outcomes = Counter(one_case(seed, server, store, tmp_path / str(seed)) for seed in seeds)
+    assert outcomes["read"] > len(seeds) // 2
+    assert outcomes["given up"]
+    return outcomes
 
 
 def test_faults_drawn_by_seed(server: Any, store: Path, tmp_path: Path) -> None:
@@ -135,8 +139,9 @@ def test_faults_drawn_by_seed(server: Any, store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_many_faults_drawn_by_seed(server: Any, store: Path, tmp_path: Path) -> None:
-    campaign(range(1000, 1000 + CASES), server, store, tmp_path)
+def test_many_faults_drawn_by_seed(server: Any, store: Path, tmp_path: Path, record_property: Property) -> None:
+    for outcome, cases in campaign(range(1000, 1000 + CASES), server, store, tmp_path).items():
+        record_property(f"stores with faults, {outcome}", cases)
 
 
 @pytest.mark.parametrize("fault", store_server.FAULTS)

@@ -75,6 +75,11 @@ def test_a_deep_model_with_the_strides_in_the_depthwise_convolutions() -> None:
     check(narrow("coatnet4", 6, 32, stride="depthwise"), 96, "explicit")
 
 
+@pytest.mark.slow
+def test_a_deep_model_at_its_own_width() -> None:
+    check(spec.get("coatnet4"), 96, "explicit")
+
+
 def test_the_shape_of_coatnet6() -> None:
     check(narrow("coatnet6", 16, 16), 64, "explicit")
 

@@ -3,13 +3,14 @@
 python -m map_rank OUT     (RANK, WORLD_SIZE, MASTER_* set; the folder on PYTHONPATH)
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from trainer.average_precision import mean_average_precision
+from trainer.average_precision import average_precisions
 
 SAMPLES, CLASSES = 103, 150
 
@@ -31,7 +32,7 @@ def main(out: str) -> None:
     scores, positive = samples()
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    Path(f"{out}.{rank}").write_text(repr(mean_average_precision(scores[share], positive[share], group)))
+    Path(f"{out}.{rank}").write_text(json.dumps(average_precisions(scores[share], positive[share], group).tolist()))
     dist.destroy_process_group()
 
 

@@ -1,167 +1,163 @@
-"""Every ZeRO stage, with and without recomputation, accumulation and restart, does what one plain process does."""
+"""Every layout does what one plain process does: pairwise over the matrix, with restarts, poisoned steps and teams.
 
-import json
+The whole matrix is in test_parity_pipeline.py.
+"""
+
 import math
-from pathlib import Path
+from dataclasses import astuple
+from itertools import combinations
 from typing import Any
 
 import pytest
 
-from trainer.launch import free_port, launch
+from tests.parallel import parity
+from tests.parallel.parity import POISONED_AT, SHORT, Case, Cell
 
-CASES: dict[str, dict[str, Any]] = {
-    "zero0": {"zero": 0},
-    "zero0-full": {"zero": 0, "recompute": "full"},
-    "zero0-selective": {"zero": 0, "recompute": "selective"},
-    "zero1": {"zero": 1},
-    "zero2": {"zero": 2},
-    "zero3": {"zero": 3},
-    "zero3-full": {"zero": 3, "recompute": "full"},
-    "zero3-selective": {"zero": 3, "recompute": "selective"},
-    "zero1-group-over-two-ranks": {"zero": 1, "micro_batch": 4},
-    "zero3-full-group-over-two-ranks": {"zero": 3, "recompute": "full", "micro_batch": 4},
-    "zero0-group-over-two-ranks": {"zero": 0, "micro_batch": 4},
-    "zero2-group-over-two-ranks": {"zero": 2, "micro_batch": 4},
-    "zero0-restarted": {"zero": 0, "restart_at": 7},
-    "zero1-restarted": {"zero": 1, "restart_at": 7},
-    "zero2-restarted": {"zero": 2, "restart_at": 7},
-    "zero3-restarted": {"zero": 3, "restart_at": 7},
-    "zero0-poisoned": {"zero": 0, "poisoned_at": 4, "restart_at": 7},
-    "zero2-poisoned": {"zero": 2, "poisoned_at": 4, "restart_at": 7},
-    "zero3-poisoned": {"zero": 3, "recompute": "full", "poisoned_at": 4, "restart_at": 7},
-    # last: DeepSpeed remembers for the whole process that autocast was once switched on
-    "zero1-bf16": {"zero": 1, "dtype": "bf16"},
-    "zero3-selective-bf16": {"zero": 3, "dtype": "bf16", "recompute": "selective"},
-    "zero3-full-bf16": {"zero": 3, "dtype": "bf16", "recompute": "full"},
+# Cells that others are compared with to the bit: the cover begins with them.
+ZERO0, ZERO3 = Cell(1, 2, 0, "none", "fp32"), Cell(1, 2, 3, "none", "fp32")
+PIPELINE0, PIPELINE2 = Cell(2, 1, 0, "none", "fp32"), Cell(2, 1, 2, "selective", "fp32")
+# The same with other recomputation. Under a pipeline and ZeRO-2/3 a block's is inside that of its stage.
+AGAIN = {
+    Cell(1, 2, 0, "selective", "fp32"): ZERO0,
+    Cell(1, 2, 3, "full", "fp32"): ZERO3,
+    Cell(2, 1, 2, "full", "fp32"): PIPELINE2,
 }
-Answer = dict[str, dict[str, Any]]
+CELLS = parity.pairwise((ZERO0, ZERO3, PIPELINE0, PIPELINE2, *AGAIN))
+RESTARTED = {f"{cell.name}-restarted": cell for cell in (ZERO0, ZERO3, PIPELINE2)}
+POISONED = {f"{cell.name}-poisoned": cell for cell in (ZERO3, PIPELINE0, PIPELINE2)}
+OTHERS: dict[str, Case] = {
+    # A BatchNorm group over both replicas of a stage, and two groups in one pass.
+    "team": {"zero": 1, "micro_batch": 2},
+    "team-zero3-full": {"zero": 3, "micro_batch": 2, "recompute": "full"},
+    "two-groups-pipeline": {"zero": 3, "micro_batch": 8, "recompute": "full", "pipeline": 2},
+    # AdamW and its state in the host's memory.
+    **{f"zero{zero}-cpu": {"zero": zero, "micro_batch": 4, "offload": "cpu"} for zero in (1, 2, 3)},
+    "zero1-cpu-pipeline": {"zero": 1, "micro_batch": 4, "offload": "cpu", "pipeline": 2},
+    "zero3-cpu-pipeline": {"zero": 3, "micro_batch": 4, "offload": "cpu", "pipeline": 2, "recompute": "full"},
+}
+# What a fault breaks, and nothing else: see `parity.measure` and the faults in parity_worker.
+FAULTS: dict[str, tuple[Cell, set[str]]] = {
+    "clip": (PIPELINE0, {"loss", "weights", "average", "statistics", "logits"}),
+    "unmarked": (PIPELINE2, {"norm", "loss", "weights", "average", "statistics", "logits"}),  # a part of the shims
+    "norm": (PIPELINE0, {"norm", "loss", "weights", "average", "statistics", "logits"}),
+    "statistics": (ZERO0, {"statistics", "logits"}),
+    "replica": (ZERO3, {"replicas"}),
+    "average": (ZERO3, {"average", "statistics", "logits"}),
+}
 
 
-def run(cases: dict[str, dict[str, Any]], world: int, folder: Path, patch: pytest.MonkeyPatch) -> list[Answer]:
-    """What each rank saw."""
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    patch.setenv("OMP_NUM_THREADS", "1")
-    for name, case in cases.items():
-        if "restart_at" in case:
-            case["folder"] = str(folder / name)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    arguments = ["parity_worker", str(folder / "cases.json"), str(folder / "out")]
-    assert launch(arguments, world, folder / "logs", free_port(), True) == 0
-    return [json.loads((folder / f"out.{rank}").read_text()) for rank in range(world)]
+def cases() -> dict[int, dict[str, Case]]:
+    """All cases by world size."""
+    short = {"size": 32, "steps": SHORT, "reference": "short"}
+    shared = {"zero": 3, "micro_batch": 2, "shard_group": 2, "recompute": "full", "restart_at": 5}
+    found: dict[int, dict[str, Case]] = {2: {name: {**short, **case} for name, case in OTHERS.items()}}
+    for cell in CELLS:
+        found.setdefault(cell.world, {})[cell.name] = {**cell.case, "note_after": SHORT}
+    for name, cell in RESTARTED.items():
+        found[2][name] = {**cell.case, **short, "restart_at": 5}
+    for name, cell in POISONED.items():
+        found[2][name] = {**cell.case, **short, "poisoned_at": POISONED_AT, "restart_at": 6, "reference": "poisoned"}
+    for fault, (cell, _) in FAULTS.items():
+        found[2][fault] = {**cell.case, **short, "fault": fault}
+    found[4]["shard-group"] = {**short, **shared}
+    return found
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    with pytest.MonkeyPatch.context() as patch:
-        return run(CASES, 2, tmp_path_factory.mktemp("two"), patch)
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the ranks of each case saw, and the plain processes."""
+    return parity.answers(cases(), tmp_path_factory.mktemp("parity"))
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        cases = {
-            "plain": {"plain": True, "zero": 0},
-            "poisoned": {"plain": True, "zero": 0, "poisoned_at": 4},
-            "one-rank": {"zero": 3},
-        }
-        found = run(cases, 1, tmp_path_factory.mktemp("one"), patch)[0]
-    assert found["plain"]["losses"] == pytest.approx(found["one-rank"]["losses"], abs=1e-4)
-    return {**found["plain"], "poisoned": found["poisoned"]}
+Answers = dict[str, list[dict[str, Any]]]
 
 
-def largest(a: list[float], b: list[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+def test_every_pair_of_values_is_in_the_cover() -> None:
+    wanted = {
+        pair
+        for a in parity.MATRIX
+        for pair in combinations(zip(("pipeline", "data", "zero", "recompute", "dtype"), astuple(a), strict=True), 2)
+    }
+    values = {(name, value) for cell in parity.MATRIX for name, value in vars(cell).items()}
+    assert len(values) == 3 + 2 + 4 + 3 + 2
+    # Every two values of different factors are together somewhere: what is not allowed takes three of them.
+    assert len(wanted) == sum(1 for a, b in combinations(values, 2) if a[0] != b[0])
+    covered = set().union(*(parity.pairs(cell) for cell in CELLS))
+    assert covered == wanted
+    assert set(CELLS) <= set(parity.MATRIX)
 
 
-def test_reference_learns(reference: dict[str, Any]) -> None:
-    first, last = reference["losses"][0], sum(reference["losses"][-3:]) / 3
-    assert last < 0.9 * first
+def test_the_matrix_is_what_a_run_may_ask_for() -> None:
+    assert len(parity.MATRIX) == 3 * 2 * 4 * 3 * 2 - 2 * 2 * 2 * 1 * 2
+    assert {cell.world for cell in parity.MATRIX} == {1, 2, 4, 8}
 
 
-PLAIN = [name for name in CASES if "bf16" not in name and "poisoned" not in name]
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_the_problem_is_learned_and_clipped(kind: str, answers: Answers) -> None:
+    (plain,) = answers[kind]
+    assert sum(plain["losses"][-3:]) / 3 < 0.85 * plain["losses"][0]
+    assert min(plain["norms"]) > 2 * parity.CLIP
+    # Averaged and raw weights are far enough apart for their comparisons to mean something.
+    assert parity.largest(parity.flat(plain["raw"]), parity.flat(plain["averaged"])) > 0.01
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_losses_equal_one_plain_process(name: str, answers: list[Answer], reference: dict[str, Any]) -> None:
-    for rank in answers:
-        # Rounding flips the choice of a max-pool sooner or later; until then the losses are equal to the last digits.
-        assert largest(rank[name]["losses"][:12], reference["losses"][:12]) < 1e-5
-        assert largest(rank[name]["losses"], reference["losses"]) < 1e-4
-        assert rank[name]["norms"][0] == pytest.approx(reference["norms"][0], rel=1e-6)
+def test_rounding_stays_rounding(answers: Answers) -> None:
+    assert 0 < parity.largest(answers["fp32"][0]["losses"], answers["shaken"][0]["losses"]) < 2e-6
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "bf16" in name])
-def test_bf16_stays_near(name: str, answers: list[Answer], reference: dict[str, Any]) -> None:
-    mine, exact = answers[0][name]["losses"], reference["losses"]
-    assert 0 < largest(mine[:6], exact[:6]) < 1e-2  # other arithmetic; AdamW then carries the paths apart
-    assert sum(mine[-3:]) / 3 < 0.9 * mine[0]
-    assert answers[0][name]["norms"][0] == pytest.approx(reference["norms"][0], rel=0.02)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_a_layout_does_what_one_plain_process_does(cell: Cell, answers: Answers) -> None:
+    found = parity.measure(answers[cell.name], answers[cell.dtype][0])
+    assert parity.broken(found, cell.dtype) == [], found
+    if cell.dtype == "bf16":
+        assert found["loss"] > 1e-4  # other arithmetic
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "poisoned" not in name])
-def test_batchnorm_statistics(name: str, answers: list[Answer], reference: dict[str, Any]) -> None:
-    mine, other = answers[0][name]["buffers"], answers[1][name]["buffers"]
-    assert mine == other  # on all ranks to the bit
-    if "bf16" in name:
-        return
-    for buffer, values in reference["buffers"].items():
-        # The norm behind the stem's first convolution takes that convolution's bias out again: the bias has no
-        # gradient, and AdamW moves it by the sign of rounding noise, at most lr a step. The mean follows it.
-        loose = 20 * 1e-3 if buffer == "blocks.s0.0.norm.running_mean" else 2e-4
-        assert mine[buffer] == pytest.approx(values, rel=1e-3, abs=loose), buffer
+def test_a_second_copy_of_the_weights_in_a_shard_group_is_the_same(answers: Answers) -> None:
+    found = parity.measure(answers["shard-group"], answers["short"][0])
+    assert parity.broken(found, "fp32", short=True) == [], found
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_averaged_weights_equal_a_gathered_reference(
-    name: str, answers: list[Answer], reference: dict[str, Any]
-) -> None:
-    for parameter, expected in reference["average"].items():
-        found = sum(rank[name]["average"].get(parameter, 0.0) for rank in answers)
-        assert found == pytest.approx(expected, rel=1e-2, abs=2e-2), parameter
-    for rank in answers:
-        for got, wanted in ((rank[name]["raw"], reference["raw"]), (rank[name]["averaged"], reference["averaged"])):
-            for row, expected_row in zip(got, wanted, strict=True):
-                assert row == pytest.approx(expected_row, abs=5e-3)
-    assert answers[0][name]["average_buffers"] == answers[1][name]["average_buffers"]
-    # Averaged and raw weights are far enough apart for the comparisons above to mean something.
-    apart = [largest(a, b) for a, b in zip(reference["raw"], reference["averaged"], strict=True)]
-    assert max(apart) > 0.05
+@pytest.mark.parametrize("name", OTHERS)
+def test_groups_over_replicas_several_in_a_pass_and_state_elsewhere(name: str, answers: Answers) -> None:
+    found = parity.measure(answers[name], answers[OTHERS[name].get("reference", "short")][0])
+    assert parity.broken(found, "fp32", short=True) == [], found
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
-@pytest.mark.parametrize("stage", [0, 3])
-def test_recomputation_changes_nothing(stage: int, kind: str, answers: list[Answer]) -> None:
-    without, again = answers[0][f"zero{stage}"], answers[0][f"zero{stage}-{kind}"]
-    assert again["losses"] == without["losses"]
-    assert again["buffers"] == without["buffers"]
+@pytest.mark.parametrize(("cell", "base"), AGAIN.items(), ids=lambda cell: cell.name)
+def test_recomputation_changes_nothing(cell: Cell, base: Cell, answers: Answers) -> None:
+    for again, without in zip(answers[cell.name], answers[base.name], strict=True):
+        assert {key: again[key] for key in parity.EXACT} == {key: without[key] for key in parity.EXACT}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_restart_is_bitwise(stage: int, answers: list[Answer]) -> None:
-    for rank in answers:
-        through, restarted = rank[f"zero{stage}"], rank[f"zero{stage}-restarted"]
-        assert restarted["losses"] == through["losses"]
-        assert restarted["norms"] == through["norms"]
-        assert restarted["buffers"] == through["buffers"]
-        assert restarted["average"] == through["average"]
-        assert restarted["average_buffers"] == through["average_buffers"]
+@pytest.mark.parametrize("name", RESTARTED)
+def test_restart_is_bitwise(name: str, answers: Answers) -> None:
+    for restarted, through in zip(answers[name], answers[RESTARTED[name].name], strict=True):
+        assert {key: restarted[key] for key in parity.AFTER_SHORT} == through["noted"]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_step_without_a_finite_gradient_changes_nothing(
-    stage: int, answers: list[Answer], reference: dict[str, Any]
-) -> None:
-    expected = reference["poisoned"]
-    for rank in answers:
-        found = rank[f"zero{stage}-poisoned"]
-        assert math.isinf(found["norms"][4]) or math.isnan(found["norms"][4])
-        assert largest(found["losses"][5:14], expected["losses"][5:14]) < 1e-5
-        for buffer, values in expected["buffers"].items():
-            loose = 20 * 1e-3 if buffer == "blocks.s0.0.norm.running_mean" else 2e-3
-            assert found["buffers"][buffer] == pytest.approx(values, rel=1e-2, abs=loose), buffer
+@pytest.mark.parametrize("name", POISONED)
+def test_step_without_a_finite_gradient_changes_nothing(name: str, answers: Answers) -> None:
+    expected = answers["poisoned"][0]
+    for rank in answers[name]:
+        assert not math.isfinite(rank["norms"][POISONED_AT])
+        assert not math.isfinite(rank["losses"][POISONED_AT])
+        rank["losses"][POISONED_AT] = expected["losses"][POISONED_AT] = 0.0
+    found = parity.measure(answers[name], expected)
+    assert parity.broken(found, "fp32", short=True) == [], found
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_each_rank_owns_half(stage: int, answers: list[Answer]) -> None:
-    held = [rank[f"zero{stage}"]["held"] for rank in answers]
-    assert abs(held[0] - held[1]) <= 0.01 * sum(held)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_breaks_its_bounds(fault: str, answers: Answers) -> None:
+    _, expected = FAULTS[fault]
+    found = parity.measure(answers[fault], answers["short"][0])
+    assert set(parity.broken(found, "fp32", short=True)) == expected, found
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.zero and cell.data > 1], ids=lambda cell: cell.name)
+def test_each_rank_owns_its_share_of_a_stage(cell: Cell, answers: Answers) -> None:
+    for stage in range(cell.pipeline):
+        of_stage = [rank for rank in answers[cell.name] if rank["stage"] == stage]
+        held = [sum(count for *_, count in rank["pieces"]) for rank in of_stage]
+        assert len(held) == cell.data
+        assert max(held) - min(held) <= 0.01 * sum(held)

@@ -160,3 +160,12 @@ def test_steps_are_exact_and_at_least_one() -> None:
 def test_a_warmup_longer_than_the_run_is_refused_when_the_data_is_known(changes: dict[str, float]) -> None:
     with pytest.raises(InputError, match=r"longer than the run, 3 steps over 12288 samples.*nearest valid: .* 3$"):
         resolve.warmup(with_optim(**changes), 3 * 4096)
+
+
+@pytest.mark.parametrize("recipe", resolve.names())
+def test_every_recipe_can_be_tried_on_made_up_pictures(recipe: str) -> None:
+    run = resolve.load(recipe)
+    tried = replace(run, data=replace(run.data, synthetic=True))
+    samples = 1_280_000  # of the made-up training split: a JFT recipe warms up for longer than its 14 epochs of it
+    assert resolve.total_steps(tried, samples) >= 50
+    assert resolve.warmup(tried, samples) == (run.optim.warmup_steps or resolve.warmup(run, samples))

@@ -172,6 +172,11 @@ def test_prepare_normalises_and_lays_out() -> None:
     assert x.is_contiguous(memory_format=torch.channels_last)
     expected = (batch_of(2, Augment()).images_BCHW[1, 2, 3, 4] / 255 - 0.406) / 0.225
     assert abs(float(x[1, 2, 3, 4]) - float(expected)) < 0.02
+    both = [prepare(batch_of(2, Augment()), Augment(), torch.float32, channels_last=last) for last in (True, False)]
+    assert torch.equal(*both)
+    plain = batch_of(2, Augment()).images_BCHW.float()
+    for colour, (mean, std) in enumerate(zip(Augment.mean, Augment.std, strict=True)):
+        torch.testing.assert_close(both[0][:, colour], (plain[:, colour] / 255 - mean) / std)
 
 
 def test_odd_micro_batches_are_refused_with_mixing_only() -> None:

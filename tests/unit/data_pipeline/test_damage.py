@@ -128,8 +128,8 @@ def check_replaced(clean: Dataset, case: Case, run: Run, worlds: Iterator[int]) 
         assert met == case.damaged
 
 
-def campaign(dataset: Dataset, run: Run, tmp_path: Path, seed: int) -> None:
-    """One seeded case: some damages of random kinds at random places, read at two world sizes."""
+def campaign(dataset: Dataset, run: Run, tmp_path: Path, seed: int) -> int:
+    """One seeded case: some damages of random kinds at random places, read at two world sizes; how many samples."""
     draws = Random(seed)
     data = open_dataset(shutil.copytree(dataset.root, tmp_path / f"copy-{seed}"))
     split, damaged = data.split("train"), set()
@@ -143,6 +143,7 @@ def campaign(dataset: Dataset, run: Run, tmp_path: Path, seed: int) -> None:
     assert not folder.exists()
     check_replaced(dataset, Case(data, damaged, folder), changed, iter(draws.sample((1, 2, 3, 4, 6), 2)))
     shutil.rmtree(data.root)
+    return len(damaged)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -151,9 +152,12 @@ def test_damage_is_stopped_at_or_replaced(dataset: Dataset, run_of: RunOf, tmp_p
 
 
 @pytest.mark.slow
-def test_damage_is_stopped_at_or_replaced_in_many_cases(dataset: Dataset, run_of: RunOf, tmp_path: Path) -> None:
-    for seed in range(1000, 1000 + CASES):
-        campaign(dataset, run_of(augment=Augment()), tmp_path, seed)
+def test_damage_is_stopped_at_or_replaced_in_many_cases(
+    dataset: Dataset, run_of: RunOf, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    cases = [campaign(dataset, run_of(augment=Augment()), tmp_path, seed) for seed in range(1000, 1000 + CASES)]
+    record_property("damaged data sets", len(cases))
+    record_property("damaged samples, each stopped at, replaced and written down", sum(cases))
 
 
 def test_loader_processes_replace_alike_and_write_down_once(

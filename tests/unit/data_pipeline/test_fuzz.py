@@ -28,6 +28,7 @@ SECONDS = 5.0  # no case may take longer; most take a millisecond
 PIXELS = 1_000_000
 
 Fuzz = Callable[[Random], None]
+Property = Callable[[str, object], None]
 
 
 def changed(data: bytes, draws: Random) -> bytes:
@@ -279,11 +280,15 @@ def test_any_bytes_in_a_data_set_are_read_or_refused(fuzz: Callable[[Path, Rando
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fuzz", [fuzz_picture, fuzz_sample])
-def test_many_bytes_are_read_or_refused(fuzz: Fuzz) -> None:
+def test_many_bytes_are_read_or_refused(fuzz: Fuzz, record_property: Property) -> None:
     repeat(fuzz, MANY, 10**6)
+    record_property(f"fuzzed: {fuzz.__name__.removeprefix('fuzz_')}", MANY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fuzz", [fuzz_sidecar, fuzz_manifest, fuzz_index])
-def test_many_bytes_in_a_data_set_are_read_or_refused(fuzz: Callable[[Path, Random], None], copy: Path) -> None:
+def test_many_bytes_in_a_data_set_are_read_or_refused(
+    fuzz: Callable[[Path, Random], None], copy: Path, record_property: Property
+) -> None:
     repeat(lambda draws: fuzz(copy, draws), MANY // 4, 10**6)
+    record_property(f"fuzzed: {fuzz.__name__.removeprefix('fuzz_')}", MANY // 4)

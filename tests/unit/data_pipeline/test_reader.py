@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import webdataset
 
 from configs.schema import Augment, Run
+from data_pipeline import reader
 from data_pipeline.augment import eval_view, targets, train_view
 from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.decode import decode
 from data_pipeline.errors import Damage
 from data_pipeline.manifest import Dataset, Split
 from data_pipeline.order import Order, sample_seed
+from data_pipeline.reader import Part
 from data_pipeline.shard import pack_sidecar
 from data_pipeline.stream import Batch, heldout_loader, train_loader
 
@@ -129,3 +132,85 @@ def test_two_labels_in_a_data_set_of_single_labels_are_damage(
     with pytest.raises(Damage, match="key 's0': 2 labels in a data set of single labels") as refusal:
         batches(replace(two, label_kind="single"), run_of(path=tmp_path), 0, 1)
     assert refusal.value.key == "s0"
+
+
+MIXED = replace(RANDOM, mixup_alpha=0.4, cutmix_alpha=1.0)
+
+
+def parts_of(dataset: Dataset, run: Run, steps: int) -> dict[Part, list[Batch]]:
+    """The same steps as each kind of stage of a pipeline reads them."""
+    parts: tuple[Part, ...] = ("all", "labels", "seeds")
+    order = Order(dataset.split("train").counts, run.seed, 12, run.data.lanes, run.data.piece)
+    return {part: list(train_loader(dataset, run, order, [(0, 4), (4, 12)], 24, steps, part)) for part in parts}
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one for each picture that is decoded."""
+    decoded: list[int] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        decoded.append(1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(reader, "decode", counted)
+    return decoded
+
+
+@pytest.mark.parametrize("on_damage", ["stop", "replace"])
+def test_stages_read_the_same_samples_each_what_it_needs(
+    dataset: Dataset, run_of: RunOf, tmp_path: Path, on_damage: Any
+) -> None:
+    run = run_of(augment=MIXED)
+    run = replace(run, runs=str(tmp_path), data=replace(run.data, on_damage=on_damage))
+    found = parts_of(dataset, run, 5)
+    for whole, labels, seeds in zip(found["all"], found["labels"], found["seeds"], strict=True):
+        for part in (labels, seeds):
+            for name in ("seeds_B", "indices_B", "valid_B"):
+                assert torch.equal(getattr(part, name), getattr(whole, name)), name
+        assert labels.keys == whole.keys
+        for name in ("labels", "kept_B", "boxes_B4"):
+            assert torch.equal(getattr(labels, name), getattr(whole, name)), name
+        wanted = [targets(batch, 3, 0.1, "softmax") for batch in (whole, labels)]
+        assert torch.equal(*wanted)
+        assert len(whole.images_BCHW) == len(seeds.images_BCHW)
+        assert seeds.images_BCHW.numel() == 0
+    assert [len(batch.keys) for batch in found["all"]] == [4, 8] * 5
+
+
+@pytest.mark.parametrize(("on_damage", "decodes"), [("stop", 0), ("replace", 24)])
+def test_the_stage_of_the_labels_decodes_only_where_damage_is_replaced(
+    dataset: Dataset, run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_damage: Any, decodes: int
+) -> None:
+    run = run_of()
+    run = replace(run, runs=str(tmp_path), data=replace(run.data, on_damage=on_damage))
+    order = Order(dataset.split("train").counts, run.seed, 12, run.data.lanes, run.data.piece)
+    decoded = count_decoded(monkeypatch)
+    for part, expected in (("all", 24), ("labels", decodes), ("seeds", 0)):
+        decoded.clear()
+        list(train_loader(dataset, run, order, [(0, 12)], 0, 2, part))  # type: ignore[arg-type]
+        assert len(decoded) == expected, part
+
+
+def test_a_replaced_sample_is_the_same_on_the_stages_of_pictures_and_labels(
+    tmp_path: Path, run_of: RunOf, picture_of: PictureOf
+) -> None:
+    members = [{"png": picture_of(n).load(), "json": json.dumps({"labels": [n % 3]}).encode()} for n in (1, 2, 4, 5)]
+    data = handmade(tmp_path / "set", [*members, {"png": b"no picture", "json": b'{"labels": [2]}'}])
+    run = run_of(path=tmp_path / "set", augment=Augment())
+    run = replace(run, runs=str(tmp_path / "runs"), data=replace(run.data, on_damage="replace"))
+    found = parts_of(data, run, 2)
+    keys = {key for batch in found["all"] for key in batch.keys}
+    assert keys == {"s0", "s1", "s2", "s3"}
+    for whole, labels in zip(found["all"], found["labels"], strict=True):
+        assert labels.keys == whole.keys
+        assert torch.equal(labels.labels, whole.labels)
+        assert torch.equal(labels.valid_B, whole.valid_B)
+
+
+def test_stages_score_the_same_held_out_samples(dataset: Dataset, run_of: RunOf) -> None:
+    parts: tuple[Part, ...] = ("all", "labels", "seeds")
+    found = [list(heldout_loader(dataset, "heldout", run_of(), 1, 2, part)) for part in parts]
+    for whole, labels, seeds in zip(*found, strict=True):
+        assert torch.equal(labels.labels, whole.labels)
+        assert torch.equal(labels.valid_B, whole.valid_B)
+        assert torch.equal(seeds.indices_B, whole.indices_B)

@@ -65,7 +65,7 @@ def test_recomputation_keeps_less(name: str) -> None:
         kind: sum(b.saved for b in activations(spec.get(name), 224, batch=64, recompute=kind, device="cuda"))
         for kind in ("none", "selective", "full")
     }
-    assert fused["selective"] <= 0.46 * fused["none"]
+    assert fused["selective"] <= 0.47 * fused["none"]
     assert fused["full"] <= 0.2 * fused["selective"]
     # Written out, the matrices of attention weights stay in every mode but "full".
     assert total(name, "selective") <= (0.55 if name == "coatnet0" else 0.62) * total(name, "none")

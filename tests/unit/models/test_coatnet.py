@@ -205,3 +205,68 @@ def test_build_refuses_what_does_not_divide() -> None:
         coatnet.build(NANO, resolution=225, classes=10)
     with pytest.raises(ValueError, match="head size 48"):
         coatnet.build(replace(NANO, head_size=48), resolution=64, classes=10)
+
+
+@pytest.mark.parametrize("which", [NANO, SPLIT])
+@pytest.mark.parametrize("ends", [(1,), (4,), (6,), (2, 5, 7), (1, 2, 3, 4, 5, 6, 7)])
+def test_a_chain_of_parts_is_the_whole(which: Spec, ends: tuple[int, ...]) -> None:
+    whole = made(which, drop_path=0.5)
+    names = [name for name, _ in whole.flat]
+    cuts = list(pairwise((0, *ends, len(names))))
+    parts = []
+    for first, last in cuts:
+        part = coatnet.build(which, resolution=64, classes=10, drop_path=0.5)
+        part.cut(first, last)
+        coatnet.initialise(part, 0, "cpu")
+        assert ([name for name, _ in part.flat], part.part) == (names[first:last], (first, last))
+        parts.append(part)
+    for model in (whole, *parts):
+        norm.configure(model, group=4)
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(8, 3, 64, 64, generator=draw).contiguous(memory_format=torch.channels_last)
+    factors = drop_path.scales(torch.arange(8), whole.drop_rates)
+
+    logits = whole(x, factors)
+    logits.square().sum().backward()
+    entered, left = [], []
+    y = x
+    for part in parts:
+        entered.append(y.detach().requires_grad_())  # as it comes from another rank
+        y = part(entered[-1], factors)
+        left.append(y)
+    assert torch.equal(y, logits)
+    torch.autograd.backward(y.square().sum())
+    for output, following in zip(left[-2::-1], entered[:0:-1], strict=True):
+        gradient = following.grad
+        assert gradient is not None
+        torch.autograd.backward([output], [gradient])
+    norm.commit(whole)
+    for part in parts:
+        norm.commit(part)
+
+    own = [name for part in parts for name, _ in part.named_parameters()]
+    assert own == [name for name, _ in whole.named_parameters()]
+    for part in parts:
+        for name, weight in part.named_parameters():
+            gradient = whole.get_parameter(name).grad
+            assert gradient is not None
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, gradient), name
+        for name, buffer in part.named_buffers():
+            assert torch.equal(buffer, whole.get_buffer(name)), name
+
+
+def test_cuts_lie_inside_the_third_stage_too() -> None:
+    assert [name for name, _ in made(NANO).flat][6] == "blocks.s3.2"
+    assert [name for name, _ in made(SPLIT).flat][6] == "blocks.s3b.1"
+
+
+@pytest.mark.parametrize(("first", "last"), [(3, 3), (-1, 4), (5, 10), (4, 2)])
+def test_what_is_no_part_is_refused(first: int, last: int) -> None:
+    model = made()
+    with pytest.raises(ValueError, match="no part"):
+        model.cut(first, last)
+    assert len(model.flat) == 9
+    model.cut(2, 5)
+    with pytest.raises(ValueError, match="no part"):  # what is left is not the whole list
+        model.cut(0, 2)

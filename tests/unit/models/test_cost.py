@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from torch import nn
 
 from configs.errors import InputError
-from models import cost, spec
+from models import coatnet, cost, norm, spec
+from models.attention import RelativeAttention
 from models.spec import SPECS, Spec
+from trainer.optim import parameter_groups
 
 PAPER = [f"coatnet{number}" for number in range(8)] + ["coatnet3-dagger"]
 
@@ -99,3 +104,19 @@ def test_counting_does_not_import_torch() -> None:
     program = "import sys, models.cost; assert len(models.cost.table()) > 8; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", [*PAPER, "coatnet6-table12"])
+@pytest.mark.parametrize("changes", [{}, {"relative_bias": "none"}, {"conv_norm": "layer"}])
+def test_the_weights_are_those_of_the_network_in_its_order(name: str, changes: dict[str, Any]) -> None:
+    found = replace(spec.get(name), **changes)
+    model = coatnet.build(found, resolution=64, classes=7)
+    decaying = {path for group in parameter_groups(model.named_parameters(), 0.1)[:1] for path in group["names"]}
+    layers = dict(model.named_modules())
+    kinds = {nn.Conv2d: "map", nn.Linear: "map", norm.BatchNorm: "batch_norm", RelativeAttention: "table"}
+    expected = [
+        (path, parameter.numel(), kinds.get(type(layers[path.rpartition(".")[0]]), "layer_norm"), path in decaying)
+        for path, parameter in model.named_parameters()
+    ]
+    counted = cost.count(found, 64, classes=7).blocks
+    assert [(f"{block.name}.{weight.path}", *weight[1:]) for block in counted for weight in block.weights] == expected

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,53 @@ def test_other_classes_need_a_fresh_classifier() -> None:
         check_fit(CARD, NANO, ("cat", "fox", "m\u00f6we"), "x", "keep", "--init.head reset")
     check_fit(CARD, NANO, ("cat", "dog"), "x", "reset", "")
     check_fit(replace(CARD, labels=()), NANO, ("a", "b", "c"), "x", "keep", "")
+
+
+def part_of(first: int, last: int, resolution: int = 64) -> coatnet.CoAtNet:
+    model = coatnet.build(NANO, resolution=resolution, classes=3)
+    model.cut(first, last)
+    coatnet.initialise(model, 1, "cpu")
+    return model
+
+
+@pytest.mark.parametrize("ends", [(0, 3, 6, 9), (0, 1, 9)])
+@pytest.mark.parametrize("resolution", [64, 96])
+def test_parts_of_a_network_take_their_own_weights(ends: tuple[int, ...], resolution: int) -> None:
+    weights = weights_of()
+    whole = coatnet.build(NANO, resolution=resolution, classes=3)
+    coatnet.initialise(whole, 2, "cpu")
+    interop.fill(whole, weights.tensors.items(), "file")
+    found: dict[str, Tensor] = {}
+    for first, last in pairwise(ends):
+        part = part_of(first, last, resolution)
+        interop.fill(part, weights.tensors.items(), "file")
+        found |= part.state_dict()
+    assert list(found) == list(whole.state_dict())
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+        assert resolution == 96 or torch.equal(tensor, weights.tensors[name])
+
+
+def test_a_part_misses_only_its_own_weights() -> None:
+    weights = weights_of().tensors
+    without = {name: tensor for name, tensor in weights.items() if name != TABLE}
+    interop.fill(part_of(0, 3), without.items(), "file")
+    with pytest.raises(InputError, match=f"has no tensor {TABLE}"):
+        interop.fill(part_of(3, 9), without.items(), "file")
+    with pytest.raises(InputError, match=r"tensor blocks\.s7\.0\.x is unknown"):
+        interop.fill(part_of(0, 3), {**weights, "blocks.s7.0.x": torch.zeros(1)}.items(), "file")
+    broken = {**weights, TABLE: weights[TABLE] * torch.nan}
+    interop.fill(part_of(0, 3), broken.items(), "file")  # the part that takes it says so
+    with pytest.raises(InputError, match=TABLE):
+        interop.fill(part_of(3, 9), broken.items(), "file")
+
+
+def test_a_fresh_classifier_concerns_the_last_part_alone() -> None:
+    weights = weights_of().tensors
+    first, last = part_of(0, 5), part_of(5, 9)
+    before = last.get_parameter("blocks.head.0.classifier.weight").clone()
+    for part in (first, last):
+        interop.fill(part, weights.items(), "file", "reset")
+    assert torch.equal(last.get_parameter("blocks.head.0.classifier.weight"), before)
+    assert torch.equal(last.get_parameter("blocks.head.0.hidden.weight"), weights["blocks.head.0.hidden.weight"])
+    assert torch.equal(first.get_parameter(WEIGHT), weights[WEIGHT])

@@ -119,7 +119,7 @@ def test_wrong_words_are_refused(words: str, said: str, capsys: pytest.CaptureFi
 
 def test_a_missing_timm_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # what Python does for a package that is not there
-    with pytest.raises(InputError, match=r"pip install 'coatnet\[timm\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[timm\]'"):
         check(TINY)
     check(replace(TINY, against_timm=False))
 

@@ -1,5 +1,6 @@
 """The run's lines reach real MLflow, TensorBoard and W&B stores: all of them, once, whatever happens to the writer."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs import resolve
 from configs.schema import Run
+from trainer import cli
 from trainer.destination import Position
 from trainer.track import CarryProcess, RunLog, tracking_uri, wanted
 
@@ -178,7 +180,8 @@ def test_a_hanging_destination_delays_no_other(run: Run) -> None:
         wait_until(lambda: Position(folder, "tensorboard").mark.lines == 1)
         wait_until(lambda: any((folder / "wandb").glob("offline-run-*/run-*.wandb")))
         problem = process.close(patience=8.0)
-    assert problem == "MLflow did not take everything (logs/carry.log says why); metrics.jsonl has all of it"
+    assert str(problem).startswith("MLflow did not take everything (logs/carry.log says why); metrics.jsonl has all")
+    assert f"`coatnet track sync {folder}` carries the rest" in str(problem)
     assert in_tensorboard(run) == [(1, 1.0)]
     assert in_wandb(run) == [(1, 1.0)]
 
@@ -229,3 +232,27 @@ def test_a_run_without_destinations_needs_no_process(run: Run) -> None:
     assert wanted(run) == []
     assert carry_once(run) == 0
     assert os.listdir(folder_of(run)) == ["run.json"]
+
+
+def test_track_sync_carries_what_nobody_did(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    run = made(replace(run, tracking=replace(run.tracking, mlflow=False, wandb=False)))
+    folder = folder_of(run)
+    log = RunLog(folder)
+    log.metrics(1, {"train/loss": 1.0})
+    assert cli.main(["track", "sync", str(folder)]) == 0
+    assert f"{folder}: TensorBoard has 1 of 1 lines" in capfd.readouterr().out
+    log.metrics(2, {"train/loss": 0.5})
+    with (folder / "carried" / "lock").open() as held:  # as the process beside a training does
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert cli.main(["track", "sync", str(folder), "--json"]) == 75
+    said = capfd.readouterr()
+    assert "another process carries" in said.err
+    assert json.loads(said.out)[str(folder)]["tensorboard"] == {"lines": 1, "of": 2, "whole": False}
+    assert cli.main(["track", "sync", str(folder)]) == 0
+    assert in_tensorboard(run) == [(1, 1.0), (2, 0.5)]
+
+
+def test_track_refuses_wrong_words(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    for words, said in ((["sink", "x"], "did you mean 'sync'"), (["sync", "nowhere"], "not a run folder")):
+        assert cli.main(["track", *words]) == 76
+        assert said in capfd.readouterr().err

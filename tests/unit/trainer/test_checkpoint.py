@@ -4,29 +4,19 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from trainer import checkpoint, durable
-from trainer.checkpoint import CheckpointError, SaveError
+from trainer import checkpoint, durable, snapshot
+from trainer.checkpoint import SaveError
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
 from trainer.ema import running_statistics
-from trainer.launch import free_port
-
-
-@pytest.fixture(scope="module")
-def member() -> Member:
-    """A process group of one."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return Member(0, 1, 0, torch.device("cpu"), group)
+from trainer.sources import CheckpointError, Sources
 
 
 class Small(nn.Module):
@@ -76,7 +66,14 @@ def test_round_trip_in_other_pieces(tmp_path: Path, member: Member) -> None:
     assert torch.equal(model.b.data, torch.arange(5.0) + 2.5)
 
 
-FILES = ("rank-00000.safetensors", "rank-00000.json", "buffers.safetensors", "state.json", "manifest.json", "COMPLETE")
+FILES = (
+    "rank-00000.safetensors",
+    "rank-00000.json",
+    "buffers-00.safetensors",
+    "state.json",
+    "manifest.json",
+    "COMPLETE",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -133,30 +130,6 @@ def test_full_disk_is_told_to_all_and_leaves_nothing(tmp_path: Path, member: Mem
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_interrupted_save_does_not_count_and_is_cleared(tmp_path: Path, member: Member) -> None:
-    saved(tmp_path, 1, member)
-    (tmp_path / "step-00000002.partial").mkdir()
-    (tmp_path / "step-00000002.partial" / "rank-00000.safetensors").write_bytes(b"half")
-    saved(tmp_path, 2, member)
-    checkpoint.prune(tmp_path, keep=5, step=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
-
-
-def test_prune_keeps_the_newest_complete(tmp_path: Path, member: Member) -> None:
-    for step in (1, 2, 3, 4):
-        saved(tmp_path, step, member)
-    (tmp_path / "step-00000002" / "COMPLETE").unlink()
-    checkpoint.prune(tmp_path, keep=2, step=4)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000003", "step-00000004"]
-
-
-def test_prune_never_takes_the_one_just_written(tmp_path: Path, member: Member) -> None:
-    for step in (10, 20, 30, 5):  # those of 10 to 30 were damaged and passed over, the run went on from the start
-        saved(tmp_path, step, member)
-    assert checkpoint.prune(tmp_path, keep=1, step=5) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
-
-
 def test_another_model_is_refused(tmp_path: Path, member: Member) -> None:
     saved(tmp_path, 1, member)
     found = checkpoint.newest(tmp_path, member)
@@ -168,6 +141,73 @@ def test_another_model_is_refused(tmp_path: Path, member: Member) -> None:
     wide.a = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(CheckpointError, match="holds 12 of the 16 elements of a"):
         checkpoint.load_parameters(found, wide)
+
+
+def test_another_releases_format_is_refused_not_passed_over(tmp_path: Path, member: Member) -> None:
+    saved(tmp_path, 1, member)
+    folder = saved(tmp_path, 2, member)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 2}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "COMPLETE").write_text(durable.sha256(folder / "manifest.json"))
+    with pytest.raises(durable.FormatError, match="has format 2, this program reads 1"):
+        checkpoint.newest(tmp_path, member)
+
+
+def test_the_state_is_that_of_the_moment(tmp_path: Path, member: Member) -> None:
+    """A thread writes it later, when what it refers to has gone on."""
+    used: list[int] = [1]
+    part = snapshot.of({"step": 3, "used": used}, [], {})
+    used.append(2)
+    path, _ = checkpoint.commit(tmp_path, 3, part, member)
+    assert json.loads((path / "state.json").read_text())["used"] == [1]
+
+
+def test_an_element_that_is_held_twice_is_refused(tmp_path: Path, member: Member) -> None:
+    parts = [Fragment("a", 0, torch.ones(4), {}), Fragment("a", 3, torch.ones(4), {})]
+    path = checkpoint.save(tmp_path, 1, {"step": 1}, parts, {}, member)
+    with pytest.raises(CheckpointError, match="elements of a from 3 on once more"):
+        Sources(path)
+
+
+MANY, EACH = 8, 4 << 20  # pieces and elements of each: 128 MB
+
+
+@pytest.mark.parametrize("share", [1, 8])
+def test_restoring_needs_no_more_than_the_own_pieces(share: int, tmp_path: Path, member: Member) -> None:
+    """Of a checkpoint in large files an eighth is read with an eighth of the memory."""
+    parts = [Fragment(f"p{number}", 0, torch.full((EACH,), float(number)), {}) for number in range(MANY)]
+    checkpoint.save(tmp_path, 1, {"step": 1}, parts, {}, member)
+    found = checkpoint.newest(tmp_path, member)
+    assert found is not None
+    mine = [Fragment(f"p{number}", EACH // share, part.value[: EACH // share], {}) for number, part in enumerate(parts)]
+    mine = mine if share > 1 else parts
+    peak = Peak()
+    checkpoint.restore(found, mine, {})
+    assert peak.growth() < 3 * 4 * EACH // share  # a stretch under way and its copy; the whole would be 8 x 4 x EACH
+    assert all(bool((part.value == number).all()) for number, part in enumerate(mine))
+
+
+class Peak:
+    """How much the memory of this process grows, but for pages of files, which the system takes back as it likes."""
+
+    def __init__(self) -> None:
+        self._most, self._ended = 0, threading.Event()
+        self._before = self._now()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def growth(self) -> int:
+        """Bytes at the highest point since the beginning."""
+        self._ended.set()
+        self._thread.join()
+        return self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.0005):
+            self._most = max(self._most, self._now())
+
+    def _now(self) -> int:
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def test_manifest_cannot_point_outside(tmp_path: Path, member: Member) -> None:

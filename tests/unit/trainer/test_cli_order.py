@@ -102,6 +102,37 @@ def test_words_for_people_and_a_run_file(
     assert capsys.readouterr().out.startswith("usage: coatnet data order RECIPE --step N")
 
 
+def test_batches_that_a_run_left_out_are_no_steps(
+    sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = resolve_command("demo-digits", [*COMMON, "--data.path", sets[0]])
+    (tmp_path / "run.json").write_text(resolve.to_json(run))
+    skipped: dict[int, list[list[int]]] = {4: [], 8: [[1, 3]], 9: []}
+    for saved, ranges in skipped.items():
+        folder = tmp_path / "checkpoints" / f"step-{saved:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"guard": {"skipped": ranges}}))
+        if saved < 9:  # the newest is not complete
+            (folder / "COMPLETE").touch()
+
+    def of_run(*words: str) -> list[dict[str, Any]]:
+        assert order_command([str(tmp_path / "run.json"), *words, "--json"]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    steps: dict[int, int | None] = {1: 1, 2: None, 3: None, 4: 2, 5: 3}
+    for batch, step in steps.items():
+        plain = rows(capsys, "--step", str(batch), "--data.path", sets[0])
+        if step is not None:
+            assert of_run("--step", str(step)) == [row | {"step": step} for row in plain]
+        if batch < 5:
+            (found,) = of_run("--find", plain[2]["key"], "--epochs", "1")
+            assert (found["step"], found["place"]) == (step, 2)
+    lost = rows(capsys, "--step", "2", "--data.path", sets[0])[0]
+    words = ["--find", f"{lost['shard']}:{lost['sample']}", "--epochs", "1"]
+    assert order_command([str(tmp_path / "run.json"), *words]) == 0
+    assert "place 0  left out by the guard  " in capsys.readouterr().out
+
+
 def test_a_damaged_sample_is_shown_as_damaged(
     sets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

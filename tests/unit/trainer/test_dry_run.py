@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from configs import resolve
+from trainer import partition
+from trainer.deepspeed_config import deepspeed_config, weights
+from trainer.fit import estimate
+from trainer.plan import layout
+
 
 def coatnet(repository: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "trainer.cli", *words]
@@ -35,6 +41,30 @@ def test_sections_of_a_paper_recipe(tmp_path: Path, repository: Path) -> None:
     assert "0.001 at 10000" in sections["schedule"]
     assert "25,036,948 parameters" in sections["counts"]
     assert "4,141,888,512 multiply-adds" in sections["counts"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_shows_its_stages_and_what_the_heaviest_needs(tmp_path: Path, repository: Path) -> None:
+    done = coatnet(
+        repository, "train", "coatnet0-in1k-224", "--dry-run", "--data.synthetic", "--runs", str(tmp_path),
+        "--cluster.ranks", "8", "--cluster.device", "cpu", "--parallel.micro-batch", "16", "--norm.replica-batch", "16",
+        "--parallel.pipeline", "4", "--parallel.zero", "3", "--parallel.recompute", "full",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sections = dict(part.split("\n", 1) for part in done.stdout.removeprefix("== ").split("\n\n== "))
+    run = resolve.from_json(sections["configuration"])
+    plan, cut = layout(run, 8), partition.stages(run, 1000, 16)
+    assert sections["stages"] == partition.table(cut)
+    assert sections["layout"].startswith(
+        "4 stages x 2 replicas = 8 ranks; 2 replicas x 128 micro-batches x 16 images = global batch 4096"
+    )
+    heaviest = max(cut, key=lambda stage: stage.parameters)
+    (title,) = [name for name in sections if name.startswith("DeepSpeed")]
+    assert title == f"DeepSpeed (stage {cut.index(heaviest)}, with the most parameters)"
+    assert json.loads(sections[title]) == deepspeed_config(run, plan, weights(run, 1000, heaviest.first, heaviest.last))
+    worst = estimate(run, plan, 1000)
+    assert f"about {worst.total / 1e9:.2f} GB a rank of stage {worst.stage}, which needs most (an" in sections["memory"]
+    assert f"{worst.gathered / 1e9:.2f} whole weights" in sections["memory"]
     assert not list(tmp_path.iterdir())
 
 

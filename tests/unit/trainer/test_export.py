@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from configs import resolve
@@ -23,7 +22,8 @@ from trainer import checkpoint, cli, export, network, warm_start
 from trainer.cluster import Member
 from trainer.deepspeed_shims import Fragment
 from trainer.ema import AVERAGE, running_statistics
-from trainer.launch import free_port
+from trainer.engine import Engine
+from trainer.plan import layout
 
 DATASET = synthetic_dataset(3)
 
@@ -34,16 +34,6 @@ def run_of(name: str, runs: Path, **model: Any) -> Run:
     return replace(
         plain, name=name, runs=str(runs), optim=replace(plain.optim, ema=0.99), model=replace(plain.model, **model)
     )
-
-
-@pytest.fixture(scope="module")
-def member() -> Member:
-    """A process group of one."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return Member(0, 1, 0, torch.device("cpu"), group)
 
 
 def save(folder: Path, run: Run, step: int, member: Member, poisoned: str = "") -> dict[str, dict[str, Tensor]]:
@@ -208,9 +198,11 @@ def starting(path: Path, runs: Path, **init: Any) -> Run:
 
 def filled(run: Run, member: Member) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The network after a warm start, and what was said about it."""
-    model = network.bare(run, 3, torch.device("cpu"))
-    facts = warm_start.warm_start(run, DATASET, model, member)
-    return model.state_dict(), facts
+    run = replace(run, parallel=replace(run.parallel, zero=0))
+    plan = layout(run, 1)
+    engine = Engine(network.in_layout(run, 3, plan, member), run, plan, member)
+    facts = warm_start.warm_start(run, DATASET, engine)
+    return engine.model.state_dict(), facts
 
 
 @pytest.mark.parametrize("weights", ["auto", "raw", "ema"])

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from configs.errors import InputError
-from trainer import cluster
+from trainer import cluster, devices
 from trainer.launch import free_port, launch
 
 PROGRAM = """
@@ -43,6 +43,12 @@ if mode == "killed" and rank == "1":
     os.kill(os.getpid(), 9)
 if mode == "two":
     sys.exit("only a consequence" if rank == "0" else 76)
+if mode.startswith("lost"):  # the other rank is gone: rank 0 sees that, and may be seen to end first
+    if rank == "0":
+        sys.exit("RuntimeError: Connection closed by peer [127.0.0.1]:4242, a consequence")
+    if mode == "lost-killed":
+        os.kill(os.getpid(), 9)
+    sys.exit("ValueError: the reason")
 if mode == "diverged":
     print("a line of the log", file=sys.stderr)
     sys.exit(77)
@@ -203,6 +209,8 @@ def test_the_handlers_of_this_process_come_back(program: str, tmp_path: Path) ->
     ("mode", "code", "there", "not_there"),
     [
         ("two", 76, "rank 1", "consequence"),
+        ("lost", 1, "the reason", "a consequence"),
+        ("lost-killed", 137, "rank 1", "a consequence"),
         ("diverged", 77, "exit code 77", "a line of the log"),
         ("warned", 1, "the reason", "torch.old"),
     ],
@@ -254,7 +262,7 @@ def test_the_current_folder_does_not_shadow_the_rooms(
     ],
 )
 def test_a_device_is_known_by_whole_words(name: str, peak: float | None) -> None:
-    assert cluster.peak_of(name) == peak
+    assert devices.peak_of(name) == peak
 
 
 @pytest.mark.parametrize(

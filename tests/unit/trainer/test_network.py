@@ -1,15 +1,19 @@
-"""The network of a run: where its classifier starts."""
+"""The network of a run: where its classifier starts, and the part of it that a stage of a pipeline holds."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from configs import resolve
 from data_pipeline.synthetic import synthetic_dataset
 from models.blocks import Head
-from trainer import network
+from models.norm import BatchNorm
+from trainer import cluster, network, partition
 from trainer.loss import sigmoid_loss
+from trainer.plan import layout
 
 
 def test_sigmoid_starts_at_the_classes_own_log_odds() -> None:
@@ -29,6 +33,27 @@ def test_sigmoid_starts_at_the_classes_own_log_odds() -> None:
         logits = model(torch.zeros(1, 3, 64, 64))
     start = sigmoid_loss(logits, torch.tensor([[0.5, 0.01, 0.0]]))
     assert float(start) < 1.2
+
+
+@pytest.mark.parametrize("stages", [2, 3, 9])
+def test_the_stages_together_are_the_whole_network_to_the_bit(stages: int) -> None:
+    plain = resolve.load("demo-digits")
+    run = replace(
+        plain, parallel=replace(plain.parallel, pipeline=stages, zero=1, micro_batch=32, balance="parameters")
+    )
+    device, bias = torch.device("cpu"), torch.linspace(-3, 3, 5)
+    whole = network.bare(run, 5, device, bias)
+    plan, found = layout(run, stages), dict[str, torch.Tensor]()
+    control = cast(dist.ProcessGroup, None)  # a team of one rank asks for no group
+    for stage, part in enumerate(partition.stages(run, 5, 32)):
+        member = cluster.Member(stage, stages, 0, device, control, stages)
+        model = network.in_layout(run, 5, plan, member, bias)
+        assert tuple(name for name, _ in model.flat) == part.blocks
+        assert sum(parameter.numel() for parameter in model.parameters()) == part.parameters
+        assert all(layer.group == 32 for layer in model.modules() if isinstance(layer, BatchNorm))
+        found |= model.state_dict()
+    assert list(found) == list(whole.state_dict())
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
 
 
 def test_softmax_starts_at_zero() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +40,42 @@ def test_a_line_torn_by_a_crash_is_cut_off(tmp_path: Path, torn: str) -> None:
     assert [(row["step"], row["train/loss"]) for row in rows] == [(1, 1.0), (2, 0.5)]
     (event,) = (tmp_path / "events" / "rank-00000.jsonl").read_text().splitlines()
     assert json.loads(event)["event"] == "done"
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    log = RunLog(tmp_path)
+    try:
+        for step in range(1, 9):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150 if step < 8 else before[0], before[1]))
+            log.metrics(step, {"train/loss": 1.0 / step})
+            log.event("save", step=step)
+            if step == 7:
+                written = (tmp_path / "metrics.jsonl").read_bytes()
+                assert len(written) == 150
+                assert not written.endswith(b"\n")  # the last line is there in part
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert log.close() == []
+    for name in ("metrics.jsonl", "events/rank-00000.jsonl"):
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_lines_that_are_lost_at_the_end_are_told(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        log.metrics(1, {"train/loss": 1.0})
+        (told,) = log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert "metrics.jsonl: 1 lines could not be written: [Errno 27]" in told
 
 
 def test_sinks_that_are_installed_are_accepted() -> None:

@@ -1,22 +1,34 @@
 """Adopting tars: read where they are, never touched; what training could not read is refused."""
 
+import io
+import json
 import multiprocessing
 import shutil
 import subprocess
 import tarfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import webdataset
+from PIL import Image
 
 from configs.errors import InputError
+from configs.schema import Run
+from data_pipeline.augment import targets
 from data_pipeline.building.adopt import adopt
 from data_pipeline.building.build import BUILD
 from data_pipeline.building.verify import verify
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, open_dataset
+from data_pipeline.merge import merge
+from data_pipeline.mixture import begin
 from data_pipeline.shard import OpenShards
+from data_pipeline.stream import train_loader
 from trainer.cli_data import data_command
 
 
@@ -28,6 +40,14 @@ def tar(path: Path, first: int, count: int, **other: bytes) -> str:
             label = {"cls": str(number % 3).encode()} | other
             writer.write({"__key__": f"a/{number:04d}", "jpg": b"p%d" % number} | label)
     return str(path)
+
+
+def encoded(number: int) -> bytes:
+    """A JPEG of noise."""
+    noise = np.random.default_rng(number).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, format="JPEG")
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -122,6 +142,99 @@ def test_names_for_the_classes(tars: list[str], tmp_path: Path, capsys: pytest.C
     (tmp_path / "names").write_text("x\ny\n")
     with pytest.raises(InputError, match="names 2 classes, but the tars have label 2"):
         data_command([*words[:-1], str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "names", "vocabulary", "kind"),
+    [
+        ("label", lambda n: n % 3, "", ("0", "1", "2"), "single"),
+        ("label", lambda n: "cdb"[n % 3], "", ("b", "c", "d"), "single"),
+        ("labels", lambda n: ["cdb"[n % 3], "b"], "", ("b", "c", "d"), "multi"),
+        ("a.class", lambda n: "cdb"[n % 3], "d\nb\nc\nnever\n", ("d", "b", "c", "never"), "single"),
+        ("label", lambda n: n % 3, "d\nb\nc\n", ("d", "b", "c"), "single"),
+    ],
+)
+def test_labels_in_another_field(
+    tmp_path: Path,
+    run_of: Callable[..., Run],
+    field: str,
+    value: Callable[[int], str | int | list[str]],
+    names: str,
+    vocabulary: tuple[str, ...],
+    kind: str,
+) -> None:
+    file = tmp_path / "mine.tar"
+    with webdataset.TarWriter(str(file), encoder=False) as writer:
+        for number in range(24):
+            notes: object = value(number)
+            for name in reversed(field.split(".")):
+                notes = {name: notes, "weights": "heavy"}
+            content = {"jpg": encoded(3 * number), "cls": b"a note", "json": json.dumps(notes).encode()}
+            writer.write({"__key__": f"a/{number:04d}", **content})
+    (tmp_path / "names").write_text(names)
+    words = ["adopt", str(file), "--out", str(tmp_path / "out"), "--label-field", field]
+    assert data_command([*words, "--vocabulary", str(tmp_path / "names")] if names else words) == 0
+    data = open_dataset(tmp_path / "out")
+    assert (data.vocabulary, data.label_kind) == (vocabulary, kind)
+    wanted = {}
+    for number in range(24):
+        said = value(number)
+        found = (
+            [said]
+            if isinstance(said, int)
+            else [vocabulary.index(w) for w in ([said] if isinstance(said, str) else said)]
+        )
+        wanted[f"a/{number:04d}"] = list(dict.fromkeys(found))
+    counts = Counter(label for labels in wanted.values() for label in labels)
+    assert data.label_counts == tuple(counts[number] for number in range(len(vocabulary)))
+    assert verify(data.root, deep=True).problems == ()
+    run = run_of(path=data.root)
+    both = merge([data, data], [1, 1])  # a mixture knows it of each of its data sets
+    for opened in (data, both):
+        loader = train_loader(opened, run, begin(run, opened.split("train")), [(0, 12)], 0, 2)
+        for batch in loader:
+            for key, row in zip(batch.keys, batch.labels.reshape(12, -1).tolist(), strict=True):
+                assert [label for label in row if label >= 0] == wanted[key]
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"label_field": "{field}"', '"label_field": "other"'))
+    with pytest.raises(DataError, match="fingerprint"):
+        open_dataset(tmp_path / "out")
+
+
+def test_labels_in_no_such_field_are_refused(tmp_path: Path) -> None:
+    for name, notes in (("none", {"other": 1}), ("float", {"label": 1.5}), ("true", {"label": [True]})):
+        bad = tar(tmp_path / f"{name}.tar", 0, 3, json=json.dumps(notes).encode())
+        with pytest.raises(InputError, match=r"3 samples cannot be read .*(has no field|must be a name)"):
+            adopt([bad], tmp_path / "out", label_field="label")
+    good = tar(tmp_path / "good.tar", 0, 3, json=b'{"label": "dog"}')
+    (tmp_path / "names").write_text("cat\n")
+    with pytest.raises(InputError, match="label 'dog'"):
+        adopt([good], tmp_path / "out", vocabulary=str(tmp_path / "names"), label_field="label")
+    with pytest.raises(InputError, match=r"--label-field NAME"):
+        adopt([tar(tmp_path / "plain.tar", 0, 3, cls=b"dog")], tmp_path / "out")
+
+
+def test_soft_labels_reach_the_loss(tmp_path: Path, run_of: Callable[..., Run]) -> None:
+    """From the tar through adoption, the loader and its processes to the targets of both losses."""
+    shares = [(0.25, 0.75), (1.0, 0.5), (0.5, 0.0)]
+    file = tmp_path / "soft.tar"
+    with webdataset.TarWriter(str(file), encoder=False) as writer:
+        for number in range(24):
+            notes = {"labels": [number % 3, 3], "weights": shares[number % 3]}
+            writer.write({"__key__": f"{number:04d}", "jpg": encoded(3 * number), "json": json.dumps(notes).encode()})
+    data = adopt([str(file)], tmp_path / "out")
+    assert data.label_kind == "multi"
+    for workers in (0, 2):
+        run = run_of(workers, path=data.root)
+        (batch,) = train_loader(data, run, begin(run, data.split("train")), [(0, 12)], 0, 1)
+        for row, key in enumerate(batch.keys):
+            wanted = torch.zeros(4)
+            wanted[int(key) % 3], wanted[3] = shares[int(key) % 3]
+            assert torch.equal(targets(batch, 4, 0.0, "sigmoid")[row], wanted)
+            mass = max(1.0, float(wanted.sum()))
+            assert torch.allclose(targets(batch, 4, 0.0, "softmax")[row], wanted / mass)
+    with pytest.raises(InputError, match="soft labels, which only `coatnet data adopt` takes"):
+        data_command(["build", str(file), "--out", str(tmp_path / "built")])
 
 
 def test_a_tar_that_changes_is_noticed(tars: list[str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from configs.errors import InputError
 from data_pipeline.building.build import Picture, write_dataset
 from data_pipeline.building.verify import verify, verify_command
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Dataset
+from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import read_sidecar
 from trainer.cli_data import data_command
 
@@ -52,6 +52,26 @@ def test_every_finding_is_reported(copy: Path, tmp_path: Path, workers: int) -> 
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [(line["shard"], line["sample"]) for line in lines] == found
     assert all(set(line) == {"shard", "sample", "key", "reason"} and line["reason"] for line in lines)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_missing_shards_are_reported_beside_other_damage(copy: Path, workers: int) -> None:
+    (copy / "train" / "shard-000000.tar").unlink()
+    (copy / "train" / "shard-000003.idx").unlink()
+    torn = copy / "train" / "shard-000005.tar"
+    torn.write_bytes(torn.read_bytes()[:-512])
+    (copy / "heldout" / "shard-000000.tar").unlink()
+    flip(copy / "train" / "shard-000002.tar", 1)
+    found = [(finding.shard, finding.sample) for finding in verify(copy, workers=workers).findings]
+    wanted = [(0, -1), (2, -1), (2, 1), (3, -1), (5, -1)]
+    train = [(f"train/shard-00000{shard}.tar", sample) for shard, sample in wanted]
+    assert sorted(found) == [("heldout/shard-000000.tar", -1), *train]
+    with pytest.raises(DataError) as refusal:
+        verify_command(str(copy))
+    for part in ("6 problems", "shard-000000.tar: missing", "shard-000003.idx: missing", "the manifest says"):
+        assert part in str(refusal.value)
+    with pytest.raises(DataError, match=r"shard-000000\.tar: missing"):
+        open_dataset(copy)
 
 
 def test_a_damaged_sidecar_is_a_finding_about_the_shard(copy: Path) -> None:

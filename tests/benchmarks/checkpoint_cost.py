@@ -1,0 +1,221 @@
+"""What a save costs a training of more than 500 million parameters, beside torch.save and DeepSpeed's own; restoring.
+
+    python tests/benchmarks/checkpoint_cost.py round FOLDER     one round: about five minutes, 16 GB of memory
+    python tests/benchmarks/checkpoint_cost.py record FOLDER [OUT]
+
+One process trains CoAtNet-5 with fewer blocks under ZeRO-0 on made-up pictures. A round measures, in an order that
+turns, the wall time of the same steps without a save and with one after the first of them, until the steps are made and
+the save is where its maker leaves it: ours forced to the disk and complete; the others force nothing, and what is left
+for the disk is written before the next measurement begins. Then nothing of any file is in memory, and our checkpoint is
+read back into the engine; beside it its files are only read.
+
+FOLDER keeps the rounds, so that a campaign can be broken off and continued; the record is written to tests/records.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from configs.schema import Checkpoint, Cluster, Data, Model, Norm, Optim, Parallel, Run  # noqa: E402
+from models import cost, norm, spec  # noqa: E402
+from trainer import bench, checkpoint, cluster, environment, network  # noqa: E402
+from trainer.engine import Engine  # noqa: E402
+from trainer.host_memory import available_bytes  # noqa: E402
+from trainer.launch import free_port  # noqa: E402
+from trainer.loss import loss_function  # noqa: E402
+from trainer.pipeline import Micro  # noqa: E402
+from trainer.plan import layout  # noqa: E402
+from trainer.saver import Outcome, Saver  # noqa: E402
+
+CLASSES, BATCH = 1000, 2
+NEEDED = 16.5e9  # bytes: weights, gradients, two moments, a copy of all but the gradients, and what libraries take
+STEPS = int(os.environ.get("COATNET_STEPS", "12"))  # of one measurement
+RUN = Run(
+    recipe="checkpoint-cost",
+    model=Model(name="coatnet5", resolution=96, depths=(2, 2, 12, 19, 2)),
+    norm=Norm(replica_batch=BATCH),
+    data=Data(synthetic=True, global_batch=BATCH),
+    optim=Optim(lr=1e-4, steps=1000, warmup_steps=0),
+    parallel=Parallel(zero=0, micro_batch=BATCH, recompute="full"),
+    cluster=Cluster(device="cpu", ranks=1),
+)
+CASES = ("none", "ours", "ours, waiting", "torch.save", "deepspeed")
+
+
+class Training:
+    """An engine that makes the same kind of step over and over."""
+
+    def __init__(self, folder: Path) -> None:
+        rendezvous = {
+            "RANK": 0,
+            "WORLD_SIZE": 1,
+            "LOCAL_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
+        os.environ.update({name: str(value) for name, value in rendezvous.items()})
+        self.folder, self.member = folder, cluster.join(RUN)
+        plan = layout(RUN, 1)
+        self.engine = Engine(network.in_layout(RUN, CLASSES, plan, self.member), RUN, plan, self.member)
+        draw = torch.Generator().manual_seed(0)
+        self.images = torch.randn(BATCH, 3, 96, 96, generator=draw).contiguous(memory_format=torch.channels_last)
+        self.targets = torch.nn.functional.one_hot(torch.arange(BATCH), CLASSES).float()
+        self.loss: Callable[[Tensor, Tensor], Tensor] = loss_function("softmax")
+        self.savers = {
+            way: Saver(folder / "ours", Checkpoint(keep=1), self.member, way == "ours") for way in CASES[1:3]
+        }
+        self.step = 0
+        self.outcomes: list[Outcome] = []
+
+    def make_step(self) -> None:
+        """One update."""
+        self.engine.forward_backward(iter([Micro(self.images, self.targets, None)]), self.loss)
+        self.engine.update(1e-4)
+        norm.commit(self.engine.model, None, torch.tensor(True))
+        self.step += 1
+
+    def timed(self, case: str) -> float:
+        """Seconds of `STEPS` steps, with a save after the first of them, until that is finished."""
+        os.sync()  # the disk has nothing left to write
+        began = time.perf_counter()
+        for number in range(STEPS):
+            self.make_step()
+            if number == 0:
+                self.save(case)
+        if case == "ours":
+            self.outcomes += self.savers[case].finished(wait=True)
+        seconds = time.perf_counter() - began
+        assert all(not outcome.problem for outcome in self.outcomes), self.outcomes
+        return seconds
+
+    def save(self, case: str) -> None:
+        """Save in one of the ways."""
+        if case in self.savers:
+            state = {"step": self.step, "updates": self.engine.updates}
+            parts, buffers = self.engine.fragments(owned=True), self.engine.buffers()
+            self.savers[case].save(self.step, state, parts, buffers, last=False)
+            if case != "ours":
+                self.outcomes += self.savers[case].finished()
+        elif case == "torch.save":
+            module, optimizer = self.engine.model, self.engine._engine.optimizer
+            content = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "step": self.step}
+            torch.save(content, self.folder / "torch.pt")
+        elif case == "deepspeed":
+            self.engine._engine.save_checkpoint(str(self.folder / "deepspeed"), tag="save")
+
+    def restored(self) -> dict[str, float]:
+        """Seconds to read our checkpoint back into the engine with nothing of it in memory; and only to read it."""
+        (path,) = (self.folder / "ours").glob("step-*")
+        found: dict[str, float] = {}
+        began = emptied()
+        for file in path.iterdir():
+            with file.open("rb", buffering=0) as stored:
+                room = bytearray(8 << 20)
+                while stored.readinto(room):
+                    continue
+        found["read"] = time.perf_counter() - began
+        began = emptied()
+        saved = checkpoint.newest(self.folder / "ours", self.member)
+        assert saved is not None
+        found["verified"] = time.perf_counter() - began
+        checkpoint.restore(saved, self.engine.fragments(owned=False), self.engine.buffers())
+        self.engine.restored(saved.state["updates"])
+        found["restored"] = time.perf_counter() - began
+        return found
+
+
+def emptied() -> float:
+    """Let nothing of any file be in memory; returns the time."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    return time.perf_counter()
+
+
+def size(path: Path) -> int:
+    """Bytes of a file or of all in a folder."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*.*"))
+
+
+def one_round(folder: Path) -> None:
+    """Measure every case once and add it to the folder."""
+    if available_bytes() < NEEDED:
+        sys.exit(f"{NEEDED / 1e9:.0f} GB of memory are needed, {available_bytes() / 1e9:.1f} are free")
+    done = len(list(folder.glob("round-*.json")))
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    training = Training(scratch)
+    for _ in range(2):
+        training.make_step()
+    training.save("ours")  # its room in memory is made once in a run
+    first = training.savers["ours"].finished(wait=True)[0]
+    order = [CASES[(done + place) % len(CASES)] for place in range(len(CASES))]
+    seconds: dict[str, float] = {}
+    for case in order:
+        seconds[case] = training.timed(case)
+        print(case, f"{seconds[case]:.2f} s", flush=True)
+    behind = [outcome for outcome in training.outcomes if outcome.write]
+    sizes = {name: size(scratch / name) for name in ("ours", "torch.pt", "deepspeed")}
+    result = {
+        "seconds": seconds, "order": order, "first stall": first.stall, "stall": behind[-1].stall,
+        "write": behind[-1].write, "bytes": sizes, "restore": training.restored(), "facts": environment.facts("cpu"),
+    }  # fmt: skip
+    shutil.rmtree(scratch)
+    (folder / f"round-{done}.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+def write_record(folder: Path, out: Path) -> None:
+    """A record of the rounds."""
+    rounds: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("round-*.json"))]
+    samples = {case: [found["seconds"][case] for found in rounds] for case in CASES}
+    added = {
+        case: [with_save - without for with_save, without in zip(samples[case], samples["none"], strict=True)]
+        for case in CASES[1:]
+    }
+    samples |= {f"restore: {case}": [found["restore"][case] for found in rounds] for case in rounds[0]["restore"]}
+    middle = {name: statistics.median(values) for name, values in (samples | added).items()}
+    parameters = cost.count(spec.of(RUN.model), RUN.model.resolution, classes=CLASSES).parameters
+    ratios = [mine / theirs for mine, theirs in zip(added["ours"], added["deepspeed"], strict=True)]
+    stall, first = (statistics.median(found[name] for found in rounds) for name in ("stall", "first stall"))
+    sizes = rounds[0]["bytes"]
+    rates = {name: sizes["ours"] / middle[f"restore: {name}"] / 1e9 for name in ("restored", "read")}
+    summary = {
+        "a save of": f"{parameters / 1e6:.0f}M parameters, AdamW",
+        "added to the wall time": ", ".join(
+            f"{case} {middle[case]:.1f} s ({min(values):.1f} to {max(values):.1f})" for case, values in added.items()
+        ),
+        "ours over DeepSpeed's": f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+        "training stood still": f"{stall:.2f} s, in a run's first save {first:.2f} s",
+        "bytes": ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in sizes.items()),
+        "verified and restored": f"{rates['restored']:.2f} GB/s; the disk gives {rates['read']:.2f} GB/s",
+    }
+    record = bench.Record(
+        name="checkpoint-cost",
+        command="python tests/benchmarks/checkpoint_cost.py round FOLDER; then record FOLDER",
+        facts=rounds[-1]["facts"],
+        config={"steps": STEPS, "rounds": len(rounds), "model": "coatnet5, depths 2 2 12 19 2, ZeRO-0, one rank"},
+        unit="seconds",
+        samples=samples,
+        summary=summary,
+    )
+    print(record.write(out))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "round":
+        one_round(Path(sys.argv[2]))
+    else:
+        write_record(Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else ROOT / "tests" / "records")

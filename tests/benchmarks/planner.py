@@ -1,0 +1,95 @@
+"""The planner beside the real trainer: rates learnt from three networks, scored on other networks and layouts.
+
+    python tests/benchmarks/planner.py [FOLDER] [--only N]
+
+Writes the record `planner-cpu` to FOLDER, tests/records unless it is given. The runs lie in runs/benchmarks/planner
+and are not made again while they are there, so that a campaign goes on where it was cut short; --only N stops after N
+new runs. On two cores the whole takes about 25 minutes, one run after the other, and 8 GB of memory.
+
+On a GPU `coatnet bench step` and the reports of runs give the same figures: unmeasured until somebody has one.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.parallel import planned  # noqa: E402
+from trainer import bench, bench_step, environment  # noqa: E402
+from trainer.planning import beside  # noqa: E402
+
+COLUMNS = ("states", "saved", "peak", "seconds")
+
+
+def table(found: list[planned.Score]) -> str:
+    """Every rank's errors in percent."""
+    rows = [f"| cell, rank | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for score in found:
+        wrong = score.wrong()
+        cells = [f"{100 * wrong[name]:+.1f} %" + (" !" if name in score.broken() else "") if name in wrong else "-"
+                 for name in COLUMNS]  # fmt: skip
+        rows.append(f"| {score.cell.name}, {score.rank} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def summarise(found: list[planned.Score], speed: planned.Rates) -> dict[str, str]:
+    """The worst and the mean error of each figure, over what was not learnt from."""
+    lines = {}
+    for name in COLUMNS:
+        wrong = {
+            f"{score.cell.name}, rank {score.rank}": score.wrong()[name] for score in found if name in score.wrong()
+        }
+        worst = max(wrong, key=lambda key: abs(wrong[key]))
+        mean = sum(map(abs, wrong.values())) / len(wrong)
+        kept = sum(abs(value) <= planned.BOUNDS[name] for value in wrong.values())
+        lines[name] = (
+            f"{mean:.1%} off on the average, {wrong[worst]:+.1%} at most ({worst}); {kept} of {len(wrong)} within "
+            f"{planned.BOUNDS[name]:.0%}"
+        )
+    machines = beside.machines_of("cpu", 2, 2)
+    assert machines is not None
+    return {"cells": str(len({score.cell for score in found})), **lines, **bench_step.shown(speed, machines)}
+
+
+def main(folder: Path, only: int) -> None:
+    """Measure what is missing, score all, write."""
+    runs = ROOT / "runs" / "benchmarks" / "planner"
+    began = time.perf_counter()
+    cells = planned.cells()
+    speed = planned.rates_from(planned.learn(runs))
+    found: list[planned.Score] = []
+    quiet = {}
+    for cell in cells:
+        fresh = not (runs / cell.name / "planned-rank-00000.json").exists()
+        if fresh and only == 0:
+            print(f"stopped before {cell.name}, after {time.perf_counter() - began:.0f} s")
+            return
+        only -= fresh
+        ranks = planned.measure(cell, runs)
+        quiet[cell.name] = planned.disturbed(ranks)
+        found += planned.scores(cell, ranks, speed)
+    print(table(found))
+    record = bench.Record(
+        name="planner-cpu",
+        command="python tests/benchmarks/planner.py",
+        facts=environment.facts("cpu"),
+        config={
+            "columns": COLUMNS, "bounds": planned.BOUNDS, "sizes": planned.SIZES, "learnt from": planned.LEARNT,
+            "rates": vars(speed), "others' share of the machine": quiet,
+            "measured": {f"{score.cell.name}, {score.rank}": score.measured for score in found},
+            "foretold": {f"{score.cell.name}, {score.rank}": score.foretold for score in found},
+        },
+        unit="foretold over measured, less one, in the order of config.columns",
+        samples={f"{score.cell.name}, {score.rank}": list(score.wrong().values()) for score in found},
+        summary=summarise(found, speed),
+    )  # fmt: skip
+    print(record.write(folder))
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    limit = int(words.pop(words.index("--only") + 1)) if "--only" in words else -1
+    names = [word for word in words if word != "--only"]
+    main(Path(names[0]) if names else ROOT / "tests" / "records", limit)

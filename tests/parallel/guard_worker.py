@@ -1,0 +1,66 @@
+"""One rank that trains several runs, one after the other, with something wrong put into each.
+
+    python -m guard_worker CASES.json OUT        (RANK, WORLD_SIZE, MASTER_* set; the folder on PYTHONPATH)
+
+The whole road is walked, as `coatnet train` does; only the process group is kept from one run to the next.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from configs import resolve
+from trainer import cluster, train
+from trainer.guard import Guard
+from trainer.sabotage import Harm, Saboteur
+from trainer.stopping import StopFlag
+
+Case = dict[str, Any]
+
+
+def late(lag: int, make: Callable[..., Guard], *args: Any) -> Guard:
+    """A guard whose numbers arrive so many steps after their own."""
+    made = make(*args)
+    made._lag, made.delay = lag, 1 + lag
+    return made
+
+
+def trained(case: Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
+    """One run: its exit code, and the global indices of each step."""
+    run = resolve.from_json(json.dumps(case["run"]))
+    member = cluster.in_mesh(base, run.parallel.pipeline, timedelta(seconds=run.cluster.timeout))
+    saboteur = Saboteur(Harm.of(case["harm"]), member.rank)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(cluster, "join", return_value=member))
+        stack.enter_context(mock.patch.object(cluster, "leave"))
+        stack.enter_context(saboteur.at_work())
+        stack.enter_context(mock.patch.object(train, "Guard", partial(late, case["lag"], saboteur.guard)))
+        code = train.train(run, stop)
+    return {"code": code, "seen": saboteur.seen}
+
+
+def main(cases_file: str, out_file: str) -> None:
+    """Run every case and let each rank write what it saw. A single case ends with its own code."""
+    cases: dict[str, Case] = json.loads(Path(cases_file).read_text())
+    first = resolve.from_json(json.dumps(next(iter(cases.values()))["run"]))
+    stop = StopFlag()
+    member = cluster.join(replace(first, parallel=replace(first.parallel, pipeline=1)))
+    torch.set_num_threads(1)
+    answers = {name: trained(case, member, stop) for name, case in cases.items()}
+    Path(f"{out_file}.{member.rank}").write_text(json.dumps(answers))
+    cluster.leave()
+    if len(answers) == 1:
+        sys.exit(next(iter(answers.values()))["code"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,57 @@
+"""Rates: assumed from a data sheet, written, read, and refused when they are something else."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from models.operations import WORKS
+from trainer import devices
+from trainer.planning import rates
+from trainer.planning.rates import Rates, assumed
+
+H100 = devices.DEVICES["h100"]
+
+
+def plain() -> Rates:
+    return assumed(H100, "bf16", "eager", 0, "auto", 50e9)
+
+
+def test_assumptions_are_shares_of_the_data_sheet() -> None:
+    found = plain()
+    assert found.forward["matrix"] == pytest.approx(790e12, rel=0.01)  # as measured by others
+    assert found.forward["norm"] == pytest.approx(3.0e12, rel=0.01)
+    assert found.forward["product"] == pytest.approx(180e12, rel=0.02)
+    assert found.forward.keys() == set(WORKS)
+    assert "assumed" in found.origin
+    assert assumed(H100, "fp32", "eager", 0, "auto", 50e9).forward["matrix"] == found.forward["matrix"] / 2
+    assert assumed(H100, "bf16", "eager", 0, "explicit", 50e9).forward["product"] < found.forward["product"]
+
+
+def test_measured_rates_replace_them(tmp_path: Path) -> None:
+    asked = (H100, "bf16", "eager", 0, "auto", 25e9)
+    assert rates.of(*asked, tmp_path) == assumed(*asked)
+    measured = replace(plain(), call=1e-3, measured=("forward", "backward"))
+    path = measured.write(tmp_path)
+    assert path.name == "h100-bf16-eager-0.json"
+    found = rates.of(*asked, tmp_path)
+    assert found == replace(measured, network=0.8 * 25e9)  # the network was not measured, and is what the caller says
+    assert found.origin.startswith("measured; assumed: update")
+    assert rates.of(H100, "fp32", "eager", 0, "auto", 25e9, tmp_path) == assumed(H100, "fp32", "eager", 0, "auto", 25e9)
+
+
+@pytest.mark.parametrize("damage", ["no JSON", "field", "work", "zero", "list"])
+def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
+    path = plain().write(tmp_path)
+    content = json.loads(path.read_text())
+    if damage == "field":
+        del content["hooks"]
+    elif damage == "work":
+        del content["forward"]["gelu"]
+    elif damage == "zero":
+        content["backward"]["matrix"] = 0
+    path.write_text("{" if damage == "no JSON" else "[]" if damage == "list" else json.dumps(content))
+    with pytest.raises(InputError, match="no file of rates"):
+        rates.of(H100, "bf16", "eager", 0, "auto", 50e9, tmp_path)
