@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainer import retention, snapshot
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.durable import FORMAT, make_folder, sync, write_text
 from trainer.durable import damage as damage
 from trainer.ema import AVERAGE, running_statistics

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 
 AVERAGE = "ema/"  # before the names of averaged buffers, in checkpoints
 

@@ -16,6 +16,7 @@ from trainer import deepspeed_shims as shims
 from trainer import disk
 from trainer.cluster import Member
 from trainer.deepspeed_config import Weights, deepspeed_config
+from trainer.deepspeed_fragments import Fragment, fragments
 from trainer.ema import AVERAGE, WeightAverage, running_statistics
 from trainer.optim import adamw, clip, parameter_groups
 from trainer.pipeline import Micro, Pipeline
@@ -158,13 +159,13 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def fragments(self, owned: bool) -> list[shims.Fragment]:
+    def fragments(self, owned: bool) -> list[Fragment]:
         """The fp32 parameters, Adam moments and weight averages of this rank, as writable views.
 
         Args:
             owned: over all ranks each element once, for saving; otherwise all that this rank holds, for restoring.
         """
-        held = shims.fragments(self._engine, self.zero, self.member.replica, self.member.replicas, owned)
+        held = fragments(self._engine, self.zero, self.member.replica, self.member.replicas, owned)
         return [fragment if self.average is None else self.average.beside(fragment) for fragment in held]
 
     def buffers(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from configs.schema import Checkpoint
 from trainer import checkpoint, retention, snapshot
 from trainer.checkpoint import SaveError
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.host_memory import HostMemory
 from trainer.interval import Interval
 from trainer.snapshot import Snapshot

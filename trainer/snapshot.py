@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.durable import FORMAT, sync, write_tensors, write_text
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from tests.parallel import planned  # noqa: E402
 from trainer import bench, bench_step, environment  # noqa: E402
 from trainer.planning import beside  # noqa: E402
+from trainer.planning.rates import Rates  # noqa: E402
 
 COLUMNS = ("states", "saved", "peak", "seconds")
 
@@ -34,7 +35,7 @@ def table(found: list[planned.Score]) -> str:
     return "\n".join(rows)
 
 
-def summarise(found: list[planned.Score], speed: planned.Rates) -> dict[str, str]:
+def summarise(found: list[planned.Score], speed: Rates) -> dict[str, str]:
     """The worst and the mean error of each figure, over what was not learnt from."""
     lines = {}
     for name in COLUMNS:

@@ -45,7 +45,7 @@ def without(name: str, style: Style, stem: bool, weights: bool, exact: bool) -> 
         ways = {
             way: {**getattr(speed, way), "window": getattr(speed, way)["matrix"]} for way in ("forward", "backward")
         }
-        speed = replace(speed, **ways)
+        speed = replace(speed, forward=ways["forward"], backward=ways["backward"])
     seconds = 0.0
     for block in traffic(
         spec.get(name), style=style, attention=form, classes=CLASSES, device="cpu" if exact else "cuda"

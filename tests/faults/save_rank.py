@@ -18,7 +18,7 @@ from torch import Tensor
 from configs.schema import Checkpoint
 from trainer import checkpoint, retention
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.saver import Saver
 
 SIZES = {"a": 200_001, "b": 65_536, "c": 30_011, "d": 7, "e": 1}  # elements of each parameter

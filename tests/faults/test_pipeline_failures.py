@@ -17,9 +17,20 @@ CASES: dict[str, tuple[int, int, tuple[str, ...], str]] = {
     "raises": (4, 2, ("--parallel.zero", "3", "--parallel.recompute", "full"), "ArithmeticError: made to fail"),
     "killed": (2, 0, ("--parallel.zero", "1"), "was killed by SIGKILL"),
     "pixels": (2, 1, ("--parallel.zero", "0"), "shapes cannot be multiplied"),
-    "samples": (2, 1, ("--parallel.zero", "0"), "RuntimeError: between stages 1 and 0: (8, "),
     "narrow": (2, 0, ("--parallel.zero", "0"), "RuntimeError: between stages 0 and 1: (8, "),
 }
+
+
+def ranks(
+    world: int, fault: str, victim: int, words: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """The exit code of a run of which one rank has the fault."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = f"--runs {folder} --data.synthetic --model.resolution 32 --tracking.no-mlflow --cluster.device cpu".split()
+    run += f"--parallel.pipeline 2 --parallel.micro-batch {MICRO} --norm.replica-batch {MICRO}".split()
+    arguments = ["pipeline_rank", str(folder), fault, str(victim), *run, *words]
+    return launch(arguments, world, folder / "logs", free_port(), True)
 
 
 @pytest.mark.parametrize("fault", CASES)
@@ -27,12 +38,7 @@ def test_the_rank_that_fails_ends_the_attempt(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     world, victim, words, said = CASES[fault]
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run = f"--runs {tmp_path} --data.synthetic --model.resolution 32 --tracking.no-mlflow --cluster.device cpu".split()
-    run += f"--parallel.pipeline 2 --parallel.micro-batch {MICRO} --norm.replica-batch {MICRO}".split()
-    arguments = ["pipeline_rank", str(tmp_path), fault, str(victim), *run, *words]
-    code = launch(arguments, world, tmp_path / "logs", free_port(), True)
+    code = ranks(world, fault, victim, words, tmp_path, monkeypatch)
     ended = time.time()
     assert ended - float((tmp_path / "failed").read_text()) < MINUTE
     told = capfd.readouterr().err
@@ -43,3 +49,12 @@ def test_the_rank_that_fails_ends_the_attempt(
     if fault != "killed":
         assert re.search(r'^  File ".*", line \d+, in ', told, re.MULTILINE), told
         assert not any(word in told for word in LOST_PEER), told  # of those that only lost it, nothing
+
+
+def test_ranks_that_were_told_different_layouts_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ranks(2, "samples", 1, ("--parallel.zero", "0"), tmp_path, monkeypatch) == 76
+    told = capfd.readouterr().err
+    assert "the ranks have different layouts: " in told
+    assert "micro_batch=16" in told

@@ -15,7 +15,7 @@ from configs.schema import Checkpoint
 from data_pipeline.building import demo
 from trainer import checkpoint
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.launch import free_port
 from trainer.saver import Saver
 

@@ -10,7 +10,7 @@ import torch
 
 from configs.finding import page, worst
 from slurm import preflight
-from trainer import cluster, doctor
+from trainer import devices, doctor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -19,7 +19,7 @@ def test_every_gpu_is_seen_and_quick(repository: Path) -> None:
     found = doctor.devices() + doctor.matmuls()
     assert worst(found) in ("good", "note", "warning"), page(found)
     assert len(doctor.matmuls()) == torch.cuda.device_count()
-    speed, peak = doctor.matmul_speed(0), cluster.peak_of(torch.cuda.get_device_name(0))
+    speed, peak = doctor.matmul_speed(0), devices.peak_of(torch.cuda.get_device_name(0))
     assert peak is None or speed < 1.1 * peak  # faster than possible is measured wrongly
 
 

@@ -186,7 +186,7 @@ def test_without_timm_its_weights_are_refused_and_ours_are_not(tmp_path: Path, m
     theirs_in(tmp_path / "theirs", stem_width=16)
     monkeypatch.setitem(sys.modules, "timm.models", None)
     assert read_any(tmp_path / "ours").card.spec.name == "coatnet-nano"
-    with pytest.raises(InputError, match=r"timm is not installed: pip install 'coatnet\[timm\]'"):
+    with pytest.raises(InputError, match=r"timm is not installed: pip install -e '\.\[timm\]'"):
         read_any(tmp_path / "theirs")
 
 

@@ -27,7 +27,7 @@ from models import coatnet, drop_path, norm, spec
 from tests.parallel.parity_faults import BREAKS
 from trainer import checkpoint, cluster, deepspeed_config, ema, network
 from trainer.deepspeed_config import PIECE
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.engine import Engine
 from trainer.loss import loss_function
 from trainer.optim import adamw, learning_rate, parameter_groups

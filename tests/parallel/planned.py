@@ -22,9 +22,9 @@ from trainer.bench_step import Observation
 from trainer.launch import free_port, launch
 from trainer.plan import layout
 from trainer.planning import beside, rates
+from trainer.planning.choose import Planner
 from trainer.planning.rates import Rates
 
-HERE = Path(__file__).parent
 CLASSES = 1000
 # What may be wrong, as a share.
 BOUNDS = {"states": 0.02, "saved": 0.05, "peak": 0.10, "seconds": 0.25}
@@ -102,7 +102,7 @@ def cells() -> list[Cell]:
     found += [Cell("coatnet3", zero, kind) for zero, kind in large]
     found += [Cell("coatnet3", 0, "full", 2), Cell("coatnet3", 3, "full", 2)]
     # Two stages of two replicas: states and memory only, since four ranks share two cores.
-    return found + [Cell("coatnet0", zero, "full", 2, 4) for zero in (1, 2, 3)]  # type: ignore[arg-type]
+    return found + [Cell("coatnet0", zero, "full", 2, 4) for zero in (1, 2, 3)]
 
 
 def learn(folder: Path) -> list[Observation]:
@@ -144,12 +144,8 @@ def measure(cell: Cell, folder: Path) -> list[dict[str, Any]]:
         run = replace(cell.run, runs=str(folder), name=cell.name)
         place.mkdir(parents=True, exist_ok=True)
         (place / "run.json").write_text(resolve.to_json(run) + "\n")
-        before = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), before)))
-        try:
-            code = launch(["planned_rank", str(place / "run.json")], cell.world, place / "logs", free_port(), True)
-        finally:
-            os.environ["PYTHONPATH"] = before
+        words = ["tests.parallel.planned_rank", str(place / "run.json")]
+        code = launch(words, cell.world, place / "logs", free_port(), True)
         if code:
             raise RuntimeError(f"{cell.name} ended with {code}; see {place / 'logs'}")
         print(cell.name, flush=True)
@@ -179,7 +175,7 @@ def scores(cell: Cell, ranks: Sequence[dict[str, Any]], speed: Rates) -> Iterato
     run, plan = cell.run, layout(cell.run, cell.world)
     machines = beside.machines_of("cpu", cell.world, cell.world)
     assert machines is not None
-    planner = beside.Planner(run, CLASSES, machines, {"eager": speed})
+    planner = Planner(run, CLASSES, machines, {"eager": speed})
     seconds = planner.seconds(run.parallel, plan).total
     fastest = min(step["wall"] for step in ranks[0]["steps"][1:])
     for rank in ranks:

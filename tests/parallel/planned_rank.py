@@ -1,6 +1,6 @@
 """One rank of a real run (`trainer.train`) that notes what it takes: seconds, its size, and at its end what it holds.
 
-    python -m planned_rank RUN.json     (RANK, WORLD_SIZE, MASTER_* set; the folder on PYTHONPATH)
+    python -m tests.parallel.planned_rank RUN.json     (RANK, WORLD_SIZE, MASTER_* set)
 
 The trainer itself is untouched: its step is called as ever, and looked at from outside. In the last step the live
 tensors are weighed as in `held_worker`; everything else was noted before, so that the weighing is in no other figure.
@@ -17,9 +17,9 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed  # noqa: F401  # before anything is measured: libraries are not what is planned
-import held_worker
 from torch import Tensor
 
+from tests.parallel import held_worker
 from trainer import train
 from trainer.held_bytes import Storages
 
@@ -47,7 +47,7 @@ class Watch:
         content = json.loads(path.read_text())
         self._last = int(content["steps"])
         self._out = path.parent
-        self._step = train.train_step
+        self._step: Any = train.__dict__["train_step"]
         self.base = sizes()
         self.steps: list[dict[str, float]] = []
         self.sizes: list[dict[str, int]] = []

@@ -1,4 +1,4 @@
-"""The planner beside the real trainer on this processor, as bounds: minutes of real runs (tests/benchmarks/planner.py)."""
+"""The planner beside the real trainer on this processor, as bounds; the record is of tests/benchmarks/planner.py."""
 
 import os
 from pathlib import Path

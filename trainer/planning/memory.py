@@ -154,7 +154,8 @@ def _buffers(run: Run, plan: Layout, anatomy: Anatomy, first: int, last: int, ga
     config = deepspeed_config(run, plan, anatomy.weights(first, last))["zero_optimization"]
     bucket: int = config["reduce_bucket_size"]
     if zero < 3:
-        return 4 * bucket * (1 + narrow) * (1 + config["overlap_comm"])
+        overlap: bool = config["overlap_comm"]
+        return 4 * bucket * (1 + narrow) * (1 + overlap)
     return bucket * (4 + 2 * narrow) + (gathered // 2 if narrow else 0) + min(bucket, anatomy.elements(first, last)) * 2
 
 

@@ -108,6 +108,6 @@ def test_a_node_gives_its_bad_findings_as_the_reason() -> None:
     text = "note     clock: no time server\nBAD      shared memory: 64 MB free\n         -> --ipc=host\nunhealthy"
     assert nodes.reason(text) == "shared memory: 64 MB free"
     assert nodes.reason("bash: line 1: coatnet: command not found\nunhealthy") == (
-        "bash: line 1: coatnet: command not found; unhealthy"
+        "bash: line 1: coatnet: command not found"
     )
     assert nodes.reason("") == "no answer"

@@ -14,7 +14,7 @@ from torch import nn
 from trainer import checkpoint, durable, snapshot
 from trainer.checkpoint import SaveError
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.ema import running_statistics
 from trainer.sources import CheckpointError, Sources
 

@@ -20,7 +20,7 @@ from models import interop, spec
 from models.card import Preprocessing
 from trainer import checkpoint, cli, export, network, warm_start
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.ema import AVERAGE, running_statistics
 from trainer.engine import Engine
 from trainer.plan import layout

@@ -42,7 +42,8 @@ def test_activations_are_those_of_the_micro_batch(recompute: Recompute, dtype: D
     )
     # The stem keeps a copy of the pictures in bf16 beside the pictures, which are there until the pass is over.
     pictures = 4 * 128 * 3 * 224 * 224 if dtype == "bf16" and recompute != "full" else 0
-    assert estimate(run, layout(run, 8), 10).activations == peak(blocks) + pictures
+    loss = 8 * 128 * 10  # the targets, and what the loss takes the logarithm of
+    assert estimate(run, layout(run, 8), 10).activations == peak(blocks) + pictures + loss
 
 
 def test_states_follow_the_stage() -> None:

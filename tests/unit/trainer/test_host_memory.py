@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer import host_memory, snapshot
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 from trainer.host_memory import HostMemory, available_bytes
 
 

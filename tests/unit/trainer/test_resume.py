@@ -20,7 +20,7 @@ from data_pipeline.manifest import Dataset
 from data_pipeline.stream import open_data
 from trainer import checkpoint, resume
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 
 STEP, BATCH = 2, 8
 

@@ -12,7 +12,7 @@ import torch
 from configs.schema import Checkpoint
 from trainer import checkpoint, retention
 from trainer.cluster import Member
-from trainer.deepspeed_shims import Fragment
+from trainer.deepspeed_fragments import Fragment
 
 
 def saved(root: Path, step: int, member: Member) -> Path:

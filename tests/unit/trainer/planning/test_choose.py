@@ -1,6 +1,7 @@
 """Every layout that is looked at can be trained; the best is the fastest; the words say what it is."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from trainer.planning.choose import Candidate, Planner
 from .conftest import machines_of, planner_of, rates_of
 
 
-def settings_of(one: Candidate) -> tuple[object, ...]:
+def settings_of(one: Candidate) -> tuple[Any, ...]:
     parallel = one.parallel
     return (
         parallel.pipeline, parallel.zero, parallel.shard_group, parallel.recompute, one.layout.micro_batch,

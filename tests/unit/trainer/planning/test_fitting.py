@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from trainer.planning.rates import Rates
 from trainer.planning.roofline import of_block
 
 CPU = devices.named("cpu", 2)
+ZEROS: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 MACHINES = Machines(CPU, 2, 2, 1e9)
 
 
@@ -76,7 +78,7 @@ def test_no_rate_is_below_zero_and_none_is_lost() -> None:
     assert found.call >= 0
 
 
-def run_of(name: str, zero: int, accumulation: int) -> Run:
+def run_of(name: str, zero: Literal[0, 1, 2, 3], accumulation: int) -> Run:
     run = resolve.load("coatnet0-in1k-224")
     return replace(
         run, model=replace(run.model, name=name, drop_path=0.0), norm=replace(run.norm, replica_batch=4),
@@ -87,8 +89,9 @@ def run_of(name: str, zero: int, accumulation: int) -> Run:
 
 def stepped(names: list[str], speed: Rates) -> tuple[list[Stepped], dict[int, float]]:
     """Steps as the planner itself foretells them at `speed`: what the thread does, and the clock's."""
-    found, kernels = [], {}
-    for name, zero, accumulation in product(names, range(4), (1, 2)):
+    found: list[Stepped] = []
+    kernels: dict[int, float] = {}
+    for name, zero, accumulation in product(names, ZEROS, (1, 2)):
         run = run_of(name, zero, accumulation)
         plan = layout(run, 2)
         planner = Planner(run, 1000, MACHINES, {"eager": speed})
@@ -104,7 +107,7 @@ def test_what_lies_between_blocks_is_foretold_for_other_networks() -> None:
     found = fitting.steps(*stepped(["coatnet-nano", "coatnet0", "coatnet1"], truth()), known)
     assert found.wire == pytest.approx(1.5e9, rel=0.1)
     assert found.latency == pytest.approx(2e-4, rel=0.3)
-    for zero, accumulation in product(range(4), (1, 4)):
+    for zero, accumulation in product(ZEROS, (1, 4)):
         run = run_of("coatnet3", zero, accumulation)
         plan = layout(run, 2)
         expected, got = (

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from models.operations import WORKS
+from models.activations import Attention, Dtype
+from models.operations import WORKS, Style
 from trainer import devices
 from trainer.planning import rates
 from trainer.planning.rates import Rates, assumed
@@ -31,7 +32,7 @@ def test_assumptions_are_shares_of_the_data_sheet() -> None:
 
 
 def test_measured_rates_replace_them(tmp_path: Path) -> None:
-    asked = (H100, "bf16", "eager", 0, "auto", 25e9)
+    asked: tuple[devices.Device, Dtype, Style, int, Attention, float] = (H100, "bf16", "eager", 0, "auto", 25e9)
     assert rates.of(*asked, tmp_path) == assumed(*asked)
     measured = replace(plain(), call=1e-3, measured=("forward", "backward"))
     path = measured.write(tmp_path)
