@@ -60,7 +60,7 @@ types: $(VENV)/.ready-dev
 
 # Exact versions of what .venv has, for other machines. Made by hand when the tested environment changes.
 lock: $(VENV)/.ready-dev
-	$(BIN)/python -m trainer.lock demo dev slurm > requirements.lock
+	$(BIN)/python -m trainer.machine.lock demo dev slurm > requirements.lock
 
 # Everything that a machine without a network installs from: pip install --no-index --find-links wheels 'coatnet[slurm]'
 wheels: $(VENV)/.ready-demo requirements.lock

@@ -5,12 +5,12 @@ from typing import Literal
 
 from configs.errors import at_least, in_range, require
 
-Act = Literal["continue", "skip", "rollback", "stop"]  # skip: the update is left out; see trainer/guard.py
+Act = Literal["continue", "skip", "rollback", "stop"]  # skip: the update is left out; see trainer/health/guard.py
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What is watched while a run trains, and what is done about it; `trainer/judge.py` has the rules."""
+    """What is watched while a run trains, and what is done about it; `trainer/health/judge.py` has the rules."""
 
     nonfinite: Act = "skip"  # loss or gradient; its update is left out in any case
     spike: Act = "continue"  # of the loss

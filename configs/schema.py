@@ -173,18 +173,22 @@ class Parallel:
 
     layout: Literal["pinned", "auto"] = "pinned"  # auto: at the start `coatnet plan` chooses all of this section
     pipeline: int = 1  # stages; the network's list of blocks is cut into so many parts
-    partition_impl: Literal["own", "fairscale"] = "own"  # who cuts: trainer/partition.py, or fairscale's solver (extra)
+    partition_impl: Literal["own", "fairscale"] = (
+        "own"  # who cuts: trainer/stages/partition.py, or fairscale's solver (extra)
+    )
     balance: str = "compute"  # what a cut makes even: compute, parameters, activations, or a JSON file {block: seconds}
     zero: Literal[0, 1, 2, 3] = 3  # DeepSpeed ZeRO stage
     shard_group: int = 0  # ZeRO-3: keep a second copy of the weights cut over so many neighbouring ranks only; 0: none
     offload: Literal["none", "cpu", "nvme"] = "none"  # where AdamW works and its state lies (and ZeRO-3's weights)
     offload_path: str = ""  # folder on a local NVMe disk, for nvme; a run makes one of its own in it
     micro_batch: int = 0  # samples per rank and pass; 0 is the rank's whole share of the global batch
-    recompute: Literal["none", "selective", "full"] = "full"  # see trainer/recompute.py
+    recompute: Literal["none", "selective", "full"] = "full"  # see trainer/engine/recompute.py
     recompute_impl: Literal["own", "fairscale"] = "own"  # whose wrapper does "full"; fairscale is an extra
     recompute_offload: bool = False  # fairscale's wrapper: what it keeps waits in the host's memory
     compile: bool = False  # torch.compile every block; equal blocks share one compilation
-    trace: bool = False  # write each rank's operations of the first steps to the run's folder, see trainer/trace.py
+    trace: bool = (
+        False  # write each rank's operations of the first steps to the run's folder, see trainer/stages/trace.py
+    )
 
     def __post_init__(self) -> None:
         at_least("parallel.pipeline", self.pipeline, 1)
@@ -199,14 +203,14 @@ class Precision:
     dtype: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast over fp32 parameters
     channels_last: bool = True  # memory format of the convolution stages
     deterministic: bool = False  # bitwise repeatable kernels on CUDA as well (slower); the CPU always is
-    moments: Literal["fp32", "bf16"] = "fp32"  # how AdamW's two moments are kept, see trainer/moments.py
+    moments: Literal["fp32", "bf16"] = "fp32"  # how AdamW's two moments are kept, see trainer/engine/moments.py
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """When state is saved, and how much of it is kept."""
 
-    every: int = 0  # optimizer steps; the end and a stop are always saved; 0: chosen, see trainer/interval.py
+    every: int = 0  # optimizer steps; the end and a stop are always saved; 0: chosen, see trainer/state/interval.py
     mtbf_hours: float = 24.0  # assumed mean time between failures of the whole run, for `every` 0
     asynchronous: bool = True  # write from a copy in the host's memory while training goes on
     overlap: Literal["wait", "skip"] = "wait"  # a save that is due while one is written
@@ -282,7 +286,7 @@ class Cluster:
     end_time: str = ""  # when the machine goes away, 2026-11-24T18:00+01:00 or unix seconds; empty: SLURM's, if any
     price: float = 0.0  # money for one device-hour, for the ledger; 0: not known
     currency: str = "USD"  # of the price
-    watts: float = 0.0  # of one device, where its energy is not measured; 0: by its name, see trainer/energy.py
+    watts: float = 0.0  # of one device, where its energy is not measured; 0: by its name, see trainer/cost/energy.py
 
     def __post_init__(self) -> None:
         at_least("cluster.ranks", self.ranks, 0)
@@ -304,7 +308,7 @@ class Run:
     runs: str = "runs"
     seed: int = 0
     steps: int = 0  # stop after so many updates without changing the schedule, to check a machine; 0 is the whole run
-    profile: str = ""  # FROM:TO: look into the steps after update FROM up to update TO, see trainer/profiling.py
+    profile: str = ""  # FROM:TO: look into the steps after update FROM up to update TO, see trainer/bench/profiling.py
     model: Model = field(default_factory=Model)
     init: Init = field(default_factory=Init)
     norm: Norm = field(default_factory=Norm)

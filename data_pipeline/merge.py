@@ -75,7 +75,8 @@ def _expected(
 ) -> tuple[int, ...] | None:
     """How many training samples carry each class, in as many draws from the mixture as it has samples; None: unknown.
 
-    It is what the classifier starts from (`trainer.network.head_bias`), so it follows the weights, not the sizes.
+    It is what the classifier starts from (`trainer.engine.network.head_bias`), so it follows the weights, not the
+    sizes.
     """
     draws = sum(dataset.split("train").samples for dataset in datasets)
     expected: NDArray[np.float64] = np.zeros(classes)

@@ -1,9 +1,9 @@
 """Signs of life: one small file per node and try, written by a rank of that node, read by the supervisor.
 
 A file is `heartbeat/TRY/HOST.json` in the run's folder: {"time", "moves", "step", "phase", "longest"}; it is written
-by `trainer/pulse.py`. `moves` grows with every step and every batch, so a thread that merely lives is no sign of life.
-Another rank of the node has a file of its own, HOST~RANK.json, while it waits for something that may take long: then
-those who wait for it have as much time. Python 3.9 and the standard library only.
+by `trainer/health/pulse.py`. `moves` grows with every step and every batch, so a thread that merely lives is no sign of
+life. Another rank of the node has a file of its own, HOST~RANK.json, while it waits for something that may take long:
+then those who wait for it have as much time. Python 3.9 and the standard library only.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from configs.finding import Finding
 from slurm import scheduler
 from slurm.clusters import Profile
 
-MARGIN = 30.0  # seconds that are kept free beside the saves, see trainer/stopping.py
+MARGIN = 30.0  # seconds that are kept free beside the saves, see trainer/health/stopping.py
 FORGETS = 60  # seconds after which a finished job may be forgotten too soon for `coatnet status`
 
 

@@ -1,10 +1,10 @@
 """Which rank hangs, and in which collective the others wait for it: read from what all ranks wrote on SIGUSR1.
 
-A rank's answer is its stacks and the newest operations of its process groups (`trainer/pulse.py`). All ranks issue the
-same operations in the same order, so whoever is behind has none that is not over: it is the one that the others wait
-for. A rank that gives its stacks and no operations holds Python's lock, in a driver call for instance; then, and where
-nothing tells of operations, the stacks decide: who waits stands inside a call of torch.distributed. Python 3.9 and the
-standard library only.
+A rank's answer is its stacks and the newest operations of its process groups (`trainer/health/pulse.py`). All ranks
+issue the same operations in the same order, so whoever is behind has none that is not over: it is the one that the
+others wait for. A rank that gives its stacks and no operations holds Python's lock, in a driver call for instance;
+then, and where nothing tells of operations, the stacks decide: who waits stands inside a call of torch.distributed.
+Python 3.9 and the standard library only.
 """
 
 from __future__ import annotations

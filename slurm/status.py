@@ -1,6 +1,6 @@
 """What becomes of a run, from its folder and, where it is a job, from the scheduler; works for runs without one too.
 
-How far its training is, `trainer/live.py` reads.
+How far its training is, `trainer/tracking/live.py` reads.
 """
 
 import json

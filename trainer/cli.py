@@ -33,100 +33,106 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "models": Command(
-        "trainer.cli_config",
+        "trainer.commands.config",
         "models_command",
         "[--resolution 224|384|512] [--stride expansion|depthwise] [--json]",
         "every model's size beside the paper's",
     ),
     "config": Command(
-        "trainer.cli_config",
+        "trainer.commands.config",
         "config_command",
         "list | show RECIPE [--FIELD VALUE ...] | diff A B   [--json]",
         "recipes, resolved settings, differences",
     ),
-    "train": Command("trainer.cli_train", "train_command", "RECIPE [--FIELD VALUE ...]", "train, or continue, a run"),
+    "train": Command(
+        "trainer.commands.train", "train_command", "RECIPE [--FIELD VALUE ...]", "train, or continue, a run"
+    ),
     "plan": Command(
-        "trainer.cli_plan",
+        "trainer.commands.plan",
         "plan_command",
         "RECIPE --gpus N|A..B --gpu h100|... [--nodes K] [--nic 400] [--price 2.5] [--roofline] [--json]",
         "memory, time and cost of every layout before anything is started; scaling",
     ),
-    "eval": Command("trainer.cli_eval", "eval_command", "RUN", "score a run's checkpoint on the held-out split"),
+    "eval": Command("trainer.commands.eval", "eval_command", "RUN", "score a run's checkpoint on the held-out split"),
     "report": Command(
-        "trainer.cli_report",
+        "trainer.commands.report",
         "report_command",
         "RUN [RUN ...] [--out FILE] [--markdown | --card]",
         "a run's whole story on one page, or several runs compared",
     ),
     "track": Command(
-        "trainer.cli_track",
+        "trainer.commands.track",
         "track_command",
         "sync RUN [RUN ...] [--uri URI] [--json]",
         "carry a run's figures to MLflow and the others, where nobody did while it trained",
     ),
     "cost": Command(
-        "trainer.cli_cost",
+        "trainer.commands.cost",
         "cost_command",
         "RUN [RUN ...] [--against ROW] [--json]",
         "what a run cost so far, beside the paper's own",
     ),
     "status": Command(
-        "trainer.cli_status", "status_command", "RUN [--watch] [--json]", "what a run and its job are doing"
+        "trainer.commands.status", "status_command", "RUN [--watch] [--json]", "what a run and its job are doing"
     ),
-    "cluster": Command("trainer.cli_status", "cluster_command", "init [NAME]", "write a first profile of this cluster"),
+    "cluster": Command(
+        "trainer.commands.status", "cluster_command", "init [NAME]", "write a first profile of this cluster"
+    ),
     "submit": Command(
-        "trainer.cli_submit",
+        "trainer.commands.submit",
         "submit_command",
         "RECIPE --nodes N[..M] [--cluster PROFILE] [--dry-run | --check] [--FIELD VALUE ...]",
         "train as a job of a SLURM cluster that recovers by itself",
     ),
-    "logs": Command("trainer.cli_jobs", "logs_command", "RUN [-f] [--rank R]", "what its supervisor and a rank say"),
-    "cancel": Command("trainer.cli_jobs", "cancel_command", "RUN [--now]", "have its job save and end"),
-    "requeue": Command("trainer.cli_jobs", "requeue_command", "RUN", "have its job save and be queued again"),
+    "logs": Command(
+        "trainer.commands.jobs", "logs_command", "RUN [-f] [--rank R]", "what its supervisor and a rank say"
+    ),
+    "cancel": Command("trainer.commands.jobs", "cancel_command", "RUN [--now]", "have its job save and end"),
+    "requeue": Command("trainer.commands.jobs", "requeue_command", "RUN", "have its job save and be queued again"),
     "trace": Command(
-        "trainer.cli_trace",
+        "trainer.commands.trace",
         "trace_command",
         "RUN [--json]",
         "prove that a traced run's ranks cannot wait in a circle; count their bytes",
     ),
     "doctor": Command(
-        "trainer.cli_doctor",
+        "trainer.commands.doctor",
         "doctor_command",
         "[RUN] [--cluster PROFILE] | --node RUN | --links RUN   [--json]",
         "what of this machine, node or cluster will make a run fail, and what to do about it",
     ),
     "drill": Command(
-        "trainer.cli_drill",
+        "trainer.commands.drill",
         "drill_command",
         "FAULT ... | all [--ranks N] [--out FOLDER] [--json]",
         "make faults happen to a tiny run here; how soon it is noticed and goes on",
     ),
     "checkpoint": Command(
-        "trainer.cli_checkpoint",
+        "trainer.commands.checkpoint",
         "checkpoint_command",
         "ls RUN | verify RUN_OR_STEP ... | diff A B | convert SOURCE --out FILE   [--json]",
         "what is saved, whether it is whole, what differs; one file of it, or of DeepSpeed's",
     ),
     "export": Command(
-        "trainer.cli_weights",
+        "trainer.commands.weights",
         "export_command",
         "RUN [--format safetensors|timm|huggingface|mlflow] [--out PATH] [--weights raw|ema] [--step N]",
         "a run's weights as a file or folder for others",
     ),
     "import": Command(
-        "trainer.cli_weights",
+        "trainer.commands.weights",
         "import_command",
         "FILE [--out FILE] [--head reset --classes N]",
         "timm's weights of the same design, or ours, as a file to start from",
     ),
     "bench": Command(
-        "trainer.cli_bench",
+        "trainer.commands.bench",
         "bench_command",
         "model [NAME] [--against timm] | data [DIR] [--recipe RECIPE] | blocks RECIPE   [options]",
         "speed and memory of a training step, of the data pipeline and of single blocks on this machine",
     ),
     "data": Command(
-        "trainer.cli_data",
+        "trainer.commands.data",
         "data_command",
         "demo | build SOURCE --out DIR | adopt TAR ... | verify DIR | order RECIPE --step N",
         "make, take over and check data sets; say which samples a step sees",

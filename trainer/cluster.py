@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from configs.errors import InputError
 from configs.schema import Run
-from trainer.devices import peak_of
+from trainer.machine.devices import peak_of
 from trainer.plan import layout, refuse_mesh
 
 

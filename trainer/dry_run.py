@@ -6,12 +6,12 @@ from configs import resolve
 from configs.schema import Run
 from data_pipeline.manifest import Dataset
 from models import coatnet, cost, drop_path, spec
-from trainer import partition
-from trainer.deepspeed_config import deepspeed_config, weights
-from trainer.fit import Memory
-from trainer.ledger import P_REF, U_REF
-from trainer.optim import learning_rate, parameter_groups
+from trainer.cost.ledger import P_REF, U_REF
+from trainer.engine.deepspeed_config import deepspeed_config, weights
+from trainer.engine.optim import learning_rate, parameter_groups
 from trainer.plan import Layout
+from trainer.planning.fit import Memory
+from trainer.stages import partition
 
 
 def describe(run: Run, dataset: Dataset, plan: Layout, memory: Memory, available: int) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import InputError
-from trainer.goodput import BEGAN
+from trainer.health.goodput import BEGAN
 
 LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what an outside launcher tells each rank
 STOPPED = 75

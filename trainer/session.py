@@ -16,20 +16,22 @@ from data_pipeline.order import Order
 from data_pipeline.reader import Part
 from data_pipeline.stream import heldout_loader
 from models import cost, spec
-from trainer import environment, goodput, retention
 from trainer.cluster import Member
-from trainer.engine import Engine
-from trainer.evaluate import describe, evaluate
-from trainer.examples import Examples
-from trainer.goodput import Book, Clock
-from trainer.guard import Guard
-from trainer.ledger import Ledger
-from trainer.meter import Meter
-from trainer.progress import ProgressLine
-from trainer.pulse import Pulse
-from trainer.saver import Saver
-from trainer.stopping import StopFlag
-from trainer.track import RunLog
+from trainer.cost.ledger import Ledger
+from trainer.engine.engine import Engine
+from trainer.evaluation.evaluate import describe, evaluate
+from trainer.evaluation.examples import Examples
+from trainer.health import goodput
+from trainer.health.goodput import Book, Clock
+from trainer.health.guard import Guard
+from trainer.health.pulse import Pulse
+from trainer.health.stopping import StopFlag
+from trainer.machine import environment
+from trainer.state import retention
+from trainer.state.saver import Saver
+from trainer.tracking.meter import Meter
+from trainer.tracking.progress import ProgressLine
+from trainer.tracking.track import RunLog
 
 
 def part_of(member: Member) -> Part:

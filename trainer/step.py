@@ -13,10 +13,10 @@ from data_pipeline import augment
 from data_pipeline.stream import Batch
 from models import drop_path, norm
 from models.coatnet import CoAtNet
-from trainer.engine import Engine
-from trainer.gate import Gate
-from trainer.loss import loss_function
-from trainer.pipeline import Micro
+from trainer.engine.engine import Engine
+from trainer.engine.gate import Gate
+from trainer.engine.loss import loss_function
+from trainer.stages.pipeline import Micro
 
 
 class StepResult(NamedTuple):

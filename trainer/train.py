@@ -23,40 +23,32 @@ from configs.schema import Run
 from data_pipeline import resample
 from data_pipeline.stream import Batch, open_data, train_loader
 from models import attention, cost, spec
-from trainer import (
-    checkpoint,
-    cluster,
-    data_card,
-    deepspeed_shims,
-    disk,
-    environment,
-    fit,
-    goodput,
-    machine,
-    network,
-    partition,
-    pulse,
-    recorder,
-    resume,
-    statement,
-)
-from trainer.energy import EnergyMeter, holding
-from trainer.engine import Engine
-from trainer.guard import Guard
-from trainer.ledger import Ledger
-from trainer.meter import Meter, resident_bytes
-from trainer.optim import learning_rate
+from trainer import cluster
+from trainer.bench.profiling import Profile
+from trainer.cost import statement
+from trainer.cost.energy import EnergyMeter, holding
+from trainer.cost.ledger import Ledger
+from trainer.engine import deepspeed_shims, disk, network
+from trainer.engine.engine import Engine
+from trainer.engine.optim import learning_rate
+from trainer.health import goodput, pulse
+from trainer.health.guard import Guard
+from trainer.health.rollback import act
+from trainer.health.stopping import StopFlag, end_of
+from trainer.machine import environment
+from trainer.machine import watch as machine
 from trainer.plan import layout
-from trainer.planning import beside
-from trainer.profiling import Profile
-from trainer.progress import ProgressLine
+from trainer.planning import beside, fit
 from trainer.report.write import report
-from trainer.rollback import act
 from trainer.session import Session, part_of
+from trainer.stages import partition, recorder
+from trainer.state import checkpoint, resume
+from trainer.state.warm_start import warm_start
 from trainer.step import train_step
-from trainer.stopping import StopFlag, end_of
-from trainer.track import CarryProcess, RunLog, run_folder, wanted
-from trainer.warm_start import warm_start
+from trainer.tracking import data_card
+from trainer.tracking.meter import Meter, resident_bytes
+from trainer.tracking.progress import ProgressLine
+from trainer.tracking.track import CarryProcess, RunLog, run_folder, wanted
 
 DONE, STOPPED, INPUT_ERROR, DIVERGED = 0, 75, 76, 77
 

@@ -30,14 +30,18 @@ from torch import Tensor  # noqa: E402
 
 from configs.schema import Checkpoint, Cluster, Data, Model, Norm, Optim, Parallel, Run  # noqa: E402
 from models import cost, norm, spec  # noqa: E402
-from trainer import bench, checkpoint, cluster, environment, network  # noqa: E402
-from trainer.engine import Engine  # noqa: E402
-from trainer.host_memory import available_bytes  # noqa: E402
+from trainer import cluster  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.engine import network  # noqa: E402
+from trainer.engine.engine import Engine  # noqa: E402
+from trainer.engine.loss import loss_function  # noqa: E402
 from trainer.launch import free_port  # noqa: E402
-from trainer.loss import loss_function  # noqa: E402
-from trainer.pipeline import Micro  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 from trainer.plan import layout  # noqa: E402
-from trainer.saver import Outcome, Saver  # noqa: E402
+from trainer.stages.pipeline import Micro  # noqa: E402
+from trainer.state import checkpoint  # noqa: E402
+from trainer.state.host_memory import available_bytes  # noqa: E402
+from trainer.state.saver import Outcome, Saver  # noqa: E402
 
 CLASSES, BATCH = 1000, 2
 NEEDED = 16.5e9  # bytes: weights, gradients, two moments, a copy of all but the gradients, and what libraries take

@@ -23,9 +23,11 @@ from tests.faults import disks  # noqa: E402
 from tests.faults.checkpoint_campaign import MODES, Ranks, Trial, chain, damage, let_end  # noqa: E402
 from tests.faults.disk_campaign import full_chain, power_chain  # noqa: E402
 from tests.faults.save_rank import Life  # noqa: E402
-from trainer import bench, checkpoint, environment, retention  # noqa: E402
-from trainer.checkpoint_list import verified  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
 from trainer.launch import free_port  # noqa: E402
+from trainer.machine import environment  # noqa: E402
+from trainer.state import checkpoint, retention  # noqa: E402
+from trainer.state.listing import verified  # noqa: E402
 
 Rows = list[dict[str, Any]]
 ROUNDS = 40  # spoilt copies of each file

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer import bench, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 FILES = (
     "tests/faults/test_store.py",

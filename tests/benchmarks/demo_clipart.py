@@ -25,8 +25,9 @@ from timm_clipart import CASES, Pictures, precision_and_map  # type: ignore[impo
 from configs import resolve
 from configs.schema import Run
 from data_pipeline.manifest import open_dataset
-from trainer import bench, environment
-from trainer.cli_config import resolve_command
+from trainer.bench import record as bench
+from trainer.commands.config import resolve_command
+from trainer.machine import environment
 
 FIGURES = ("precision@1 raw", "mAP raw", "precision@1 EMA", "mAP EMA")
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from configs import resolve
-from trainer import bench, environment
+from trainer.bench import record as bench
+from trainer.machine import environment
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -13,8 +13,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer import bench, cli_drill, drill, environment  # noqa: E402
-from trainer.faults import CATALOGUE  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.commands import drill as cli_drill  # noqa: E402
+from trainer.health import drill  # noqa: E402
+from trainer.health.faults import CATALOGUE  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 RANKS = 2
 

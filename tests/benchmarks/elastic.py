@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.parallel.elastic import AT, BATCH, BOUND, LAYOUTS, STEPS, Found, matrix, name_of  # noqa: E402
-from trainer import bench, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 COLUMNS = ("loss", "weights", "average", "moments", "statistics", "score", "bitwise", "samples")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configs import resolve
 from configs.schema import Run
-from trainer import environment
+from trainer.machine import environment
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -26,10 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from data_pipeline.building import demo  # noqa: E402
 from data_pipeline.manifest import open_dataset  # noqa: E402
-from trainer import bench, drill, environment, ettr, goodput  # noqa: E402
-from trainer.faults import BATCH  # noqa: E402
-from trainer.goodput import NS  # noqa: E402
-from trainer.scene import Scene, lines  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.health import drill, ettr, goodput  # noqa: E402
+from trainer.health.faults import BATCH  # noqa: E402
+from trainer.health.goodput import NS  # noqa: E402
+from trainer.health.scene import Scene, lines  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 RANKS = 2
 LATER = 0.3  # seconds at most from the figures of a step to the kill, so that it falls anywhere in the next ones

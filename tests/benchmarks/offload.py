@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.parallel import offload  # noqa: E402
-from trainer import bench, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 SIDES = {
     "real size, disk": f"{offload.REAL} {offload.ON_DISK}",

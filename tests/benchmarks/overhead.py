@@ -30,12 +30,15 @@ from configs.schema import Augment, Cluster, Data, Model, Norm, Optim, Parallel,
 from data_pipeline import augment  # noqa: E402
 from data_pipeline.stream import train_loader  # noqa: E402
 from models import norm  # noqa: E402
-from trainer import bench, cluster, environment, goodput, pulse  # noqa: E402
+from trainer import cluster  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.engine.loss import loss_function  # noqa: E402
+from trainer.engine.recompute import run_block  # noqa: E402
+from trainer.health import goodput, pulse  # noqa: E402
+from trainer.health.stopping import StopFlag  # noqa: E402
 from trainer.launch import free_port, launch  # noqa: E402
-from trainer.loss import loss_function  # noqa: E402
-from trainer.recompute import run_block  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 from trainer.session import Session  # noqa: E402
-from trainer.stopping import StopFlag  # noqa: E402
 from trainer.train import loop, prepare  # noqa: E402
 
 # name: (model, pixels, images per rank and step on a CPU, on a GPU); a CPU step then takes a second or so

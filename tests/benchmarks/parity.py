@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.parallel import parity  # noqa: E402
-from trainer import bench, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 COLUMNS = ("loss", "fall", "norm", "replicas", "missing", "statistics", "weights", "average", "logits", "recompute")
 

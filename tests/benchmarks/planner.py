@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.parallel import planned  # noqa: E402
-from trainer import bench, bench_step, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.bench import step as bench_step  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 from trainer.planning import beside  # noqa: E402
 from trainer.planning.rates import Rates  # noqa: E402
 

@@ -6,7 +6,8 @@ Three measurements. trainer: `coatnet train demo-digits` in the two modes it has
 models.coatnet in all three modes, the master copy written here; 200 steps on the same batches, ten steps of each mode
 in turn. coatnet0: one training step at 96 px and 16 pictures on one thread, in turn, because nano's small kernels say
 little of speed. Further words are overrides of demo-digits in the first two. The bytes that a rank sends for a step
-of coatnet0 on eight are not measured here: they are those of trainer/wire.py, whose tests hold them against traces.
+of coatnet0 on eight are not measured here: they are those of trainer/stages/wire.py, whose tests hold them against
+traces.
 """
 
 import dataclasses
@@ -28,13 +29,15 @@ from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.order import Order
 from data_pipeline.stream import heldout_loader, train_loader
 from models import norm
-from trainer import bench, environment, wire
-from trainer.cli_config import resolve_command
-from trainer.deepspeed_config import Weights, deepspeed_config
-from trainer.loss import loss_function
-from trainer.network import bare, built
-from trainer.optim import adamw, learning_rate, parameter_groups
+from trainer.bench import record as bench
+from trainer.commands.config import resolve_command
+from trainer.engine.deepspeed_config import Weights, deepspeed_config
+from trainer.engine.loss import loss_function
+from trainer.engine.network import bare, built
+from trainer.engine.optim import adamw, learning_rate, parameter_groups
+from trainer.machine import environment
 from trainer.plan import layout
+from trainer.stages import wire
 
 MODES = ("fp32", "autocast", "master")
 BYTES = ("state", "activations", "ZeRO-1 traffic", "ZeRO-3 traffic")

@@ -33,13 +33,17 @@ import torch.distributed as dist  # noqa: E402
 from configs import resolve  # noqa: E402
 from configs.schema import Cluster, Data, Model, Norm, Optim, Parallel, Precision, Run  # noqa: E402
 from models import norm  # noqa: E402
-from trainer import bench, cluster, environment, network, partition  # noqa: E402
+from trainer import cluster  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
 from trainer.cluster import Member  # noqa: E402
-from trainer.engine import Engine  # noqa: E402
+from trainer.engine import network  # noqa: E402
+from trainer.engine.engine import Engine  # noqa: E402
+from trainer.engine.loss import loss_function  # noqa: E402
 from trainer.launch import free_port, launch  # noqa: E402
-from trainer.loss import loss_function  # noqa: E402
-from trainer.pipeline import Micro  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 from trainer.plan import layout  # noqa: E402
+from trainer.stages import partition  # noqa: E402
+from trainer.stages.pipeline import Micro  # noqa: E402
 
 CLASSES = 1000
 CASES = {"coatnet0": ("coatnet0", 96), "nano": ("coatnet-nano", 64)}  # model, pixels

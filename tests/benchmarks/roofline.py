@@ -20,7 +20,8 @@ from models import spec  # noqa: E402
 from models.activations import Attention  # noqa: E402
 from models.operations import STYLES, Style  # noqa: E402
 from models.traffic import traffic  # noqa: E402
-from trainer import bench, devices, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import devices, environment  # noqa: E402
 from trainer.planning import rates  # noqa: E402
 from trainer.planning.ceiling import ceiling  # noqa: E402
 from trainer.planning.roofline import of_block  # noqa: E402

@@ -18,7 +18,8 @@ from data_pipeline.building import demo
 from tests.slurm import lab as laboratory
 from tests.slurm.lab import Lab
 from tests.slurm.runs import Tiny
-from trainer import bench, environment
+from trainer.bench import record as bench
+from trainer.machine import environment
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "runs" / "benchmarks" / "slurm-demo"

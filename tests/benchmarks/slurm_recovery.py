@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer import bench, environment
+from trainer.bench import record as bench
+from trainer.machine import environment
 
 ROOT = Path(__file__).parent.parent.parent
 LIMITS = {"hang named": 60.0, "crash to next step": 30.0}  # seconds

@@ -1,9 +1,9 @@
 """What it costs to watch 1,000 ranks, each on a node of its own: `python tests/benchmarks/supervision.py [SECONDS]`.
 
-Four processes play the nodes: each node writes its sign of life every two seconds, as trainer/pulse.py does, and an
-event every ten, to a file of its own. This process does what the supervisor and `coatnet status --watch` do every five
-seconds: read all signs of life, and what is new in all event files. Its processor time over the time that passed is
-the share of one core that is recorded.
+Four processes play the nodes: each node writes its sign of life every two seconds, as trainer/health/pulse.py does, and
+an event every ten, to a file of its own. This process does what the supervisor and `coatnet status --watch` do every
+five seconds: read all signs of life, and what is new in all event files. Its processor time over the time that passed
+is the share of one core that is recorded.
 """
 
 import json
@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from slurm import agent, beat  # noqa: E402
 from slurm.events import Reader  # noqa: E402
-from trainer import bench, environment  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 NODES, WRITERS = 1000, 4
 BEAT, EVENT = 2.0, 10.0  # seconds between two signs of life of a node, and between two events

@@ -31,9 +31,9 @@ from data_pipeline.decode import decode
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards, Sample
 from models import spec
-from trainer.average_precision import average_precision
-from trainer.cli_config import resolve_command
-from trainer.network import head_bias
+from trainer.commands.config import resolve_command
+from trainer.engine.network import head_bias
+from trainer.evaluation.average_precision import average_precision
 
 
 class Case(NamedTuple):
@@ -200,7 +200,7 @@ def score(model: nn.Module, run: Run, dataset: Dataset) -> tuple[float, float]:
 
 
 def precision_and_map(scores_NK: Tensor, positive_NK: Tensor) -> tuple[float, float]:
-    """(precision@1, mean average precision over the classes that have a positive), as `trainer.evaluate` has them."""
+    """(precision@1, mean average precision over the classes that have a positive), as our own evaluation has them."""
     first = positive_NK.gather(1, scores_NK.argmax(1, keepdim=True)).double().mean()
     present = positive_NK.any(0).nonzero().flatten().tolist()
     each = [average_precision(scores_NK[:, k], positive_NK[:, k]) for k in present]

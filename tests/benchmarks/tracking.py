@@ -30,11 +30,15 @@ from configs import resolve  # noqa: E402
 from configs.schema import Run  # noqa: E402
 from tests.benchmarks.overhead import run_of, timed, trainer_steps  # noqa: E402
 from tests.pages import servers  # noqa: E402
-from trainer import bench, cluster, environment, machine, pulse  # noqa: E402
-from trainer.goodput import Clock  # noqa: E402
+from trainer import cluster  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.health import pulse  # noqa: E402
+from trainer.health.goodput import Clock  # noqa: E402
 from trainer.launch import free_port, launch  # noqa: E402
+from trainer.machine import environment  # noqa: E402
+from trainer.machine import watch as machine  # noqa: E402
 from trainer.session import Session  # noqa: E402
-from trainer.track import CarryProcess  # noqa: E402
+from trainer.tracking.track import CarryProcess  # noqa: E402
 from trainer.train import prepare  # noqa: E402
 
 CASES = ("off", "server", "down", "silent")

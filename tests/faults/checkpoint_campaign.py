@@ -15,8 +15,8 @@ from typing import Any
 
 from configs.schema import Checkpoint
 from tests.faults.save_rank import Life, live
-from trainer import retention
 from trainer.launch import free_port
+from trainer.state import retention
 
 MODES = ("all", "one", "writer")  # of SIGKILL: every rank; one of them; one in the middle of writing its file
 PATIENCE = 60.0  # seconds for what takes parts of one

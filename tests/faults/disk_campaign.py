@@ -9,8 +9,8 @@ from configs.schema import Checkpoint
 from tests.faults.checkpoint_campaign import PATIENCE, Ranks, Trial, drawn, judge, let_end
 from tests.faults.disks import disk, small, stuff
 from tests.faults.save_rank import Life
-from trainer import checkpoint, retention
 from trainer.launch import free_port
+from trainer.state import checkpoint, retention
 
 
 def power_chain(folder: Path, seed: int, cuts: int, forced: bool = True) -> list[Trial]:

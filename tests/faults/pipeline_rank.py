@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import pipeline, train
-from trainer.cli_config import resolve_command
+from trainer import train
+from trainer.commands.config import resolve_command
+from trainer.stages import pipeline
 
 STEP = 3
 OTHER = {"pixels": ("--model.resolution", "64"), "samples": ("--parallel.micro-batch", "16")}

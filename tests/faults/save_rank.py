@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.schema import Checkpoint
-from trainer import checkpoint, retention
 from trainer.cluster import Member
-from trainer.deepspeed_fragments import Fragment
-from trainer.saver import Saver
+from trainer.engine.deepspeed_fragments import Fragment
+from trainer.state import checkpoint, retention
+from trainer.state.saver import Saver
 
 SIZES = {"a": 200_001, "b": 65_536, "c": 30_011, "d": 7, "e": 1}  # elements of each parameter
 KINDS = ("value", "exp_avg", "exp_avg_sq", "ema")

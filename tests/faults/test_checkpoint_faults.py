@@ -13,9 +13,9 @@ from tests.faults import disks
 from tests.faults.checkpoint_campaign import Ranks, Trial, chain, damage, let_end
 from tests.faults.disk_campaign import full_chain, power_chain
 from tests.faults.save_rank import Life
-from trainer import checkpoint, retention
-from trainer.checkpoint_list import verified
 from trainer.launch import free_port
+from trainer.state import checkpoint, retention
+from trainer.state.listing import verified
 
 pytestmark = pytest.mark.timeout(600)
 KILLS = int(os.environ.get("COATNET_KILLS", "210"))  # of the slow campaign, in chains of 15

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.faults import disks
-from trainer import checkpoint, retention
+from trainer.state import checkpoint, retention
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,8 +10,8 @@ import pytest
 
 from data_pipeline.building import demo
 from tests.benchmarks import kills
-from trainer import drill
-from trainer.faults import CATALOGUE, WITHOUT
+from trainer.health import drill
+from trainer.health.faults import CATALOGUE, WITHOUT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS, KILLS = 80, 4

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer import checkpoint
 from trainer.launch import free_port
+from trainer.state import checkpoint
 
 pytestmark = pytest.mark.timeout(600)
 Start = Callable[..., "subprocess.Popen[str]"]

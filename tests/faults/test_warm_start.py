@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models import interop
 from models.resize import resize_table
-from trainer import export
+from trainer.state import export
 
 pytestmark = pytest.mark.timeout(600)
 Train = Callable[..., tuple[int, str]]

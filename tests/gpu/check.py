@@ -15,7 +15,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from configs.errors import InputError  # noqa: E402
-from trainer import bench, bench_model, environment  # noqa: E402
+from trainer.bench import model as bench_model  # noqa: E402
+from trainer.bench import record as bench  # noqa: E402
+from trainer.machine import environment  # noqa: E402
 
 MODELS = {"coatnet0": 128, "coatnet3": 64, "coatnet5": 32}  # name: images per step
 ROUNDS = 7

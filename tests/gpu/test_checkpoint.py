@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from configs.schema import Checkpoint
 from data_pipeline.building import demo
-from trainer import checkpoint
 from trainer.cluster import Member
-from trainer.deepspeed_fragments import Fragment
+from trainer.engine.deepspeed_fragments import Fragment
 from trainer.launch import free_port
-from trainer.saver import Saver
+from trainer.state import checkpoint
+from trainer.state.saver import Saver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 SIZE = 3_000_001

@@ -10,7 +10,7 @@ import torch
 
 from configs.finding import page, worst
 from slurm import preflight
-from trainer import devices, doctor
+from trainer.machine import devices, doctor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

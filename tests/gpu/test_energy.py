@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer import machine
 from trainer.cluster import Member
-from trainer.energy import EnergyMeter, board_of
+from trainer.cost.energy import EnergyMeter, board_of
 from trainer.launch import free_port
+from trainer.machine import watch as machine
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("pynvml", reason="the package nvidia-ml-py is not installed: energy is then an estimate")

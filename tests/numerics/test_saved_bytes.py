@@ -17,8 +17,8 @@ from models import coatnet, spec
 from models.activations import Dtype, Recompute, activations
 from models.coatnet import CoAtNet
 from models.design import Spec
-from trainer.held_bytes import Storages, held_bytes
-from trainer.recompute import run_block
+from trainer.bench.held_bytes import Storages, held_bytes
+from trainer.engine.recompute import run_block
 
 BATCH = 2
 KINDS: tuple[Recompute, ...] = ("none", "selective", "full")

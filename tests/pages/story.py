@@ -16,11 +16,11 @@ import torch
 from configs import resolve
 from configs.schema import Run
 from data_pipeline.synthetic import synthetic_dataset
-from trainer import data_card
-from trainer.examples import thumbnail
-from trainer.goodput import NS, Clock
-from trainer.journal import Journal
-from trainer.ledger import Holding, Ledger
+from trainer.cost.ledger import Holding, Ledger
+from trainer.evaluation.examples import thumbnail
+from trainer.health.goodput import NS, Clock
+from trainer.tracking import data_card
+from trainer.tracking.journal import Journal
 
 BEGAN = 1_790_000_000  # unix time of the first start
 H100 = Holding("NVIDIA H100 80GB HBM3", 989.4e12, 2.5, "USD", 700.0, "NVML")
@@ -133,7 +133,7 @@ def damaged() -> Iterator[dict[str, Any]]:
 
 
 def examples() -> dict[str, Any]:
-    """Pictures and classes, as `trainer.examples` leaves them."""
+    """Pictures and classes, as `trainer.evaluation.examples` leaves them."""
     places = []
     for number in range(9):
         pixels = torch.full((3, 48, 32), 25 * number, dtype=torch.uint8)

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from data_pipeline.building import demo
 from tests.pages import servers
 from tests.pages.browser import Browser
-from trainer.destination import Position
+from trainer.tracking.destination import Position
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(1800)]
 

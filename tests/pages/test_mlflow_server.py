@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from data_pipeline.building import demo
 from tests.pages import servers
 from tests.pages.servers import MlflowServer, wait
-from trainer.destination import Position
+from trainer.tracking.destination import Position
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 2000

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from configs import resolve
 from configs.schema import Model
 from tests.parallel.parity_worker import CLASSES, LOSS, commit, micros, number_from_zero, run_of
-from trainer import checkpoint, cluster, deepspeed_shims, network
-from trainer.engine import Engine
+from trainer import cluster
+from trainer.engine import deepspeed_shims, network
+from trainer.engine.engine import Engine
 from trainer.plan import layout
+from trainer.state import checkpoint
 
 COATNETS = {"zero0": (1, 0), "zero1": (1, 1), "zero2": (1, 2), "zero3": (1, 3), "stages": (2, 3)}  # pipeline, ZeRO
 OTHERS = {"bf16-zero1": 1, "bf16-zero3": 3}

@@ -28,8 +28,8 @@ from configs.schema import (
     Tracking,
 )  # fmt: skip
 from data_pipeline.building.build import Picture, write_dataset
-from trainer.checkpoint_diff import BUFFERS, compare
 from trainer.launch import free_port, launch
+from trainer.state.diff import BUFFERS, compare
 
 Layout = tuple[int, int, int]  # stages of the pipeline, replicas, ZeRO
 Cases = dict[str, tuple[Layout, dict[str, Any]]]

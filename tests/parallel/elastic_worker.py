@@ -26,8 +26,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.stream import train_loader
 from tests.parallel.parity_worker import number_from_zero
 from trainer import cluster, train
-from trainer.stopping import StopFlag
-from trainer.track import run_folder
+from trainer.health.stopping import StopFlag
+from trainer.tracking.track import run_folder
 
 Case = dict[str, Any]
 

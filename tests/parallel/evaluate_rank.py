@@ -13,7 +13,7 @@ from torch import Tensor
 from configs import resolve
 from data_pipeline.stream import heldout_loader, open_data
 from trainer import cluster
-from trainer.evaluate import evaluate
+from trainer.evaluation.evaluate import evaluate
 
 
 def network(images_BCHW: Tensor, classes: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from configs import resolve
 from data_pipeline.batch import Batch
 from trainer.cluster import Member
-from trainer.examples import Examples
+from trainer.evaluation.examples import Examples
 
 SAMPLES, CLASSES, SIZE = 103, 9, 8
 

@@ -20,9 +20,9 @@ import torch
 
 from configs import resolve
 from trainer import cluster, train
-from trainer.guard import Guard
-from trainer.sabotage import Harm, Saboteur
-from trainer.stopping import StopFlag
+from trainer.health.guard import Guard
+from trainer.health.sabotage import Harm, Saboteur
+from trainer.health.stopping import StopFlag
 
 Case = dict[str, Any]
 

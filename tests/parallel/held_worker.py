@@ -23,13 +23,16 @@ from configs.schema import Cluster, Data, Model, Norm, Optim, Parallel, Precisio
 from models import norm
 from models.coatnet import CoAtNet
 from models.drop_path import scales
-from trainer import cluster, fit, network, partition
-from trainer.deepspeed_shims import Cutter
-from trainer.engine import Engine
-from trainer.held_bytes import Storages
-from trainer.loss import loss_function
-from trainer.pipeline import Micro
+from trainer import cluster
+from trainer.bench.held_bytes import Storages
+from trainer.engine import network
+from trainer.engine.deepspeed_shims import Cutter
+from trainer.engine.engine import Engine
+from trainer.engine.loss import loss_function
 from trainer.plan import Layout, layout
+from trainer.planning import fit
+from trainer.stages import partition
+from trainer.stages.pipeline import Micro
 
 CLASSES, SIZE, BATCH, STEPS = 7, 32, 16, 2
 LOSS = loss_function("softmax")

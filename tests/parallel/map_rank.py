@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.average_precision import average_precisions
+from trainer.evaluation.average_precision import average_precisions
 
 SAMPLES, CLASSES = 103, 150
 

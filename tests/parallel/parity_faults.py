@@ -7,11 +7,12 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import trainer.engine
-from trainer import cluster, deepspeed_config, deepspeed_shims
-from trainer.deepspeed_config import _offload as offload_section
-from trainer.deepspeed_shims import enter_mesh
-from trainer.optim import clip
+import trainer.engine.engine
+from trainer import cluster
+from trainer.engine import deepspeed_config, deepspeed_shims
+from trainer.engine.deepspeed_config import _offload as offload_section
+from trainer.engine.deepspeed_shims import enter_mesh
+from trainer.engine.optim import clip
 
 
 def _clipped_later(parameters: list[nn.Parameter], limit: float, stages: dist.ProcessGroup | None) -> Tensor:
@@ -41,8 +42,8 @@ def _four_buffers(*arguments: Any) -> dict[str, Any]:
 
 # Faults that a comparison must find, as patches: of the engine under ZeRO-0; of `deepspeed_shims`, one part left out.
 BREAKS: dict[str, tuple[Callable[[], Any], ...]] = {
-    "clip": (lambda: patch.object(trainer.engine, "clip", _clipped_later),),
-    "norm": (lambda: patch.object(trainer.engine, "clip", _clipped_alone),),
+    "clip": (lambda: patch.object(trainer.engine.engine, "clip", _clipped_later),),
+    "norm": (lambda: patch.object(trainer.engine.engine, "clip", _clipped_alone),),
     "unmarked": (lambda: patch.object(deepspeed_shims, "enter_mesh", _unmarked),),
     "aliased": (lambda: patch.object(deepspeed_shims, "own_weights", lambda: None),),
     "swapped": (

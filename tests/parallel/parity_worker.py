@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from configs.schema import Cluster, Data, Model, Norm, Optim, Parallel, Precision, Run
 from models import coatnet, drop_path, norm, spec
 from tests.parallel.parity_faults import BREAKS
-from trainer import checkpoint, cluster, deepspeed_config, ema, network
-from trainer.deepspeed_config import PIECE
-from trainer.deepspeed_fragments import Fragment
-from trainer.engine import Engine
-from trainer.loss import loss_function
-from trainer.optim import adamw, learning_rate, parameter_groups
-from trainer.pipeline import Micro
+from trainer import cluster
+from trainer.engine import deepspeed_config, ema, network
+from trainer.engine.deepspeed_config import PIECE
+from trainer.engine.deepspeed_fragments import Fragment
+from trainer.engine.engine import Engine
+from trainer.engine.loss import loss_function
+from trainer.engine.optim import adamw, learning_rate, parameter_groups
 from trainer.plan import layout
+from trainer.stages.pipeline import Micro
+from trainer.state import checkpoint
 
 CLASSES, SIZE, STEPS, BATCH, GROUP = 7, 64, 20, 16, 4
 CLIP, EMA, DROP = 0.5, 0.9, 0.1

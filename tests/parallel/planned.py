@@ -1,6 +1,6 @@
 """The planner beside the real trainer on this machine's processor: which layouts, how they are run, how they score.
 
-Rates are learnt from short runs of three networks without recomputation or pipeline (`trainer.bench_step`); what is
+Rates are learnt from short runs of three networks without recomputation or pipeline (`trainer.bench.step`); what is
 scored are other networks and other layouts, each a real run of two ranks of `trainer.train` (`planned_rank`). Four
 figures of every rank: bytes of its states, bytes of activations saved at the beginning of a backward pass, its size at
 most beside that after imports, and seconds of a step. Of seconds the fastest step counts: other programs only add.
@@ -17,11 +17,11 @@ from typing import Any, Literal
 from configs import resolve
 from configs.schema import Run
 from models.activations import Recompute
-from trainer import bench_step, fit
-from trainer.bench_step import Observation
+from trainer.bench import step as bench_step
+from trainer.bench.step import Observation
 from trainer.launch import free_port, launch
 from trainer.plan import layout
-from trainer.planning import beside, rates
+from trainer.planning import beside, fit, rates
 from trainer.planning.choose import Planner
 from trainer.planning.rates import Rates
 

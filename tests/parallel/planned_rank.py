@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests.parallel import held_worker
 from trainer import train
-from trainer.held_bytes import Storages
+from trainer.bench.held_bytes import Storages
 
 KEPT = ("weights", "master", "moments", "average")
 

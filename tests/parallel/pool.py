@@ -68,7 +68,7 @@ def main(listed: str) -> None:
     import deepspeed
     import torch
 
-    from trainer import engine
+    from trainer.engine import engine
 
     assert deepspeed, engine
     torch.set_num_threads(1)

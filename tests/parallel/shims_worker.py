@@ -1,4 +1,4 @@
-"""One rank that shows what DeepSpeed does without a part of `trainer.deepspeed_shims`, and with it.
+"""One rank that shows what DeepSpeed does without a part of `trainer.engine.deepspeed_shims`, and with it.
 
 pool.Job("shims_worker", ("OUT",), world=2, ...)
 """
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from tests.parallel.parity_worker import CLASSES, run_of
-from trainer import cluster, network
-from trainer import deepspeed_shims as shims
-from trainer.engine import Engine
-from trainer.mesh import Mesh
+from trainer import cluster
+from trainer.engine import deepspeed_shims as shims
+from trainer.engine import network
+from trainer.engine.engine import Engine
+from trainer.engine.mesh import Mesh
 from trainer.plan import layout
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from trainer.average_precision import average_precision
+from trainer.evaluation.average_precision import average_precision
 from trainer.launch import free_port, launch
 
 samples = runpy.run_path(str(Path(__file__).parent / "map_rank.py"))["samples"]

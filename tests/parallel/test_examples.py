@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.examples import SHOWN, SPREAD
+from trainer.evaluation.examples import SHOWN, SPREAD
 from trainer.launch import free_port, launch
 
 rank_file = runpy.run_path(str(Path(__file__).parent / "examples_rank.py"))

@@ -94,7 +94,7 @@ def check_small(case: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
 
 
 def check_estimate(case: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """What `trainer.fit` says before the start is what is held."""
+    """What `trainer.planning.fit` says before the start is what is held."""
     for rank in ranks:
         estimate, peaks, between = rank["estimate"], rank["peaks"], rank["between"]
         states = sum(between[part] for part in STATES if part != "gradients") + peaks["gradients"]

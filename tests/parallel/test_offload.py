@@ -11,7 +11,7 @@ import pytest
 from configs.errors import InputError
 from configs.schema import Parallel, Run
 from tests.parallel import offload, parity
-from trainer import disk
+from trainer.engine import disk
 
 WIDE = {"size": 32, "steps": parity.SHORT, "micro_batch": 4, "model": "parity-wide", "reference": "wide", "zero": 3}
 STILL = {"reference": "wide-still", "drop": 0.0}  # autograd goes another way where no branch is scaled

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parallel import planned
 from tests.parallel.planned import BOUNDS, Cell, Score
-from trainer import bench
+from trainer.bench import record as bench
 
 RECORD = Path(__file__).parents[1] / "records" / "planner-cpu.json"
 

@@ -1,4 +1,4 @@
-"""Every part of `trainer.deepspeed_shims`: what goes wrong without it, and not with it.
+"""Every part of `trainer.engine.deepspeed_shims`: what goes wrong without it, and not with it.
 
 Others are cases of test_parity.py ("unmarked", restarts, shard groups, state in the host's memory), test_held_bytes.py
 (networks that are never whole) and test_offload.py (gradients of a state on a disk).
@@ -13,7 +13,7 @@ import pytest
 
 from configs.errors import InputError
 from tests.parallel import pool
-from trainer import deepspeed_shims as shims
+from trainer.engine import deepspeed_shims as shims
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.parallel import pool
-from trainer import trace, wire
+from trainer.stages import trace, wire
 
 Case = dict[str, Any]
 

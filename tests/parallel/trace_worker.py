@@ -22,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import norm
 from tests.parallel.parity_worker import CLASSES, LOSS, evaluated, micros, number_from_zero, run_of
-from trainer import cluster, network, recorder
-from trainer import engine as engine_module
-from trainer.engine import Engine
+from trainer import cluster
+from trainer.engine import engine as engine_module
+from trainer.engine import network
+from trainer.engine.engine import Engine
 from trainer.plan import layout
+from trainer.stages import recorder
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]

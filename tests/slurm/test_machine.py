@@ -15,8 +15,8 @@ from data_pipeline.manifest import open_dataset
 from slurm import clusters, discover, nodes, preflight, scheduler, settings, tasks
 from slurm.clusters import Profile
 from tests.slurm.lab import Lab
-from trainer.cli_config import resolve_command
-from trainer.cli_train import write_run
+from trainer.commands.config import resolve_command
+from trainer.commands.train import write_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 PROFILE = 'gpus = false\npython = "{python}"\ntime = "10"\n[environment]\nGLOO_SOCKET_IFNAME = "lo"\n'

@@ -14,9 +14,9 @@ from slurm.stacks import Answer, Hang, culprit, read
 PROGRAM = """
 import ctypes, os, sys, time
 import torch, torch.distributed as dist
-from trainer import pulse
+from trainer.health import pulse
 from trainer.cluster import Member
-from trainer.goodput import Clock
+from trainer.health.goodput import Clock
 def stuck_in_c():
     open(sys.argv[1] + "/ready", "w").close()
     mutex = ctypes.create_string_buffer(64)

@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from trainer import lock
+from trainer.machine import lock
 
 
 @pytest.fixture(scope="module")

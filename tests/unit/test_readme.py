@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer import bench
+from trainer.bench import record as bench
 
 
 def test_table_is_made_from_the_records(repository: Path) -> None:

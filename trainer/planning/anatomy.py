@@ -14,9 +14,9 @@ import numpy as np
 from configs.schema import Run
 from models import cost, spec
 from models.activations import BlockBytes, Device, Recompute
-from trainer import partition
-from trainer.deepspeed_config import Weights
+from trainer.engine.deepspeed_config import Weights
 from trainer.plan import Layout
+from trainer.stages import partition
 
 LOSS = 8  # bytes that the loss keeps of a picture and class: the target, and what it takes the logarithm of
 Groups = tuple[Any, Any]  # of the optimizer: with and without weight decay, rows of (elements, in bf16 under autocast)
@@ -95,7 +95,7 @@ class Anatomy:
         return max(block.parameters for block in self.blocks[first:last])
 
     def _groups(self, first: int, last: int) -> Groups:
-        """The weights of the blocks [first, last) as the optimizer groups them (`trainer.optim.parameter_groups`)."""
+        """The weights of the blocks [first, last) as `trainer.engine.optim.parameter_groups` has them."""
         weights = [weight for block in self.blocks[first:last] for weight in block.weights]
         with_decay, without = (
             np.array([(one.elements, one.kind == "map") for one in weights if one.decays == decays], dtype=np.int64)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.schema import Run
-from trainer import devices
+from trainer.machine import devices
 from trainer.planning import answer, data_set
 from trainer.planning.data_set import Size
 from trainer.planning.machines import Machines
@@ -62,7 +62,7 @@ def advise_for(run: Run, ranks: int, per_node: int, gpu: str | None, nic: float 
     """The same for machines that need not be here, as `coatnet submit` knows them; what a login node can answer.
 
     Args:
-        gpu: a name of `trainer.devices`, or a file; None: what this machine has.
+        gpu: a name of `trainer.machine.devices`, or a file; None: what this machine has.
         nic: Gb/s of network for each device.
 
     Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from configs.schema import Run
 from models.operations import Style
-from trainer import devices, partition
+from trainer.machine import devices
 from trainer.plan import Layout
 from trainer.planning import answer, table
 from trainer.planning.choose import Planner
@@ -13,6 +13,7 @@ from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
 from trainer.planning.roofline import of_block
 from trainer.planning.step_time import StepTime
+from trainer.stages import partition
 
 NIC = 50e9  # bytes/s of network for each device, where nobody says
 

@@ -12,7 +12,7 @@ from models.cost import count
 from models.design import Resolution, Spec
 from models.operations import STYLES, Style
 from models.traffic import traffic
-from trainer.devices import Device
+from trainer.machine.devices import Device
 from trainer.planning import rates, table
 from trainer.planning.roofline import Seconds, of_block, total
 

@@ -17,8 +17,7 @@ from configs.schema import Parallel, Run
 from models.activations import Device as Kind
 from models.activations import Recompute
 from models.operations import Style
-from trainer import partition
-from trainer.deepspeed_config import deepspeed_config
+from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.plan import Layout, micro_batches
 from trainer.planning import memory, step_time
 from trainer.planning.anatomy import Anatomy
@@ -27,7 +26,8 @@ from trainer.planning.memory import Memory
 from trainer.planning.rates import Rates
 from trainer.planning.roofline import Pace
 from trainer.planning.step_time import StageWork, StepTime, Terms
-from trainer.wire import Share
+from trainer.stages import partition
+from trainer.stages.wire import Share
 
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)

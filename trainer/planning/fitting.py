@@ -19,7 +19,7 @@ from models.operations import WORKS, BlockTraffic, Work
 from trainer.planning.rates import MATH, Rates
 from trainer.planning.roofline import of_operation
 from trainer.planning.step_time import ADAMW, AVERAGE, CLIP, StageWork, Terms, operations_of
-from trainer.wire import of_step
+from trainer.stages.wire import of_step
 
 PULL = 0.03  # of a first guess, beside measurements of weight 1
 ROUNDS = 4

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from configs.errors import at_least, require
-from trainer.devices import Device
+from trainer.machine.devices import Device
 from trainer.planning.rates import Rates
 
 USABLE = 0.92  # of a GPU's memory: what its driver, fragments and other processes leave

@@ -8,11 +8,11 @@ ranks, tests/benchmarks/planner.py the whole against their processes.
 from dataclasses import dataclass, replace
 
 from configs.schema import Run
-from trainer import partition
-from trainer.deepspeed_config import deepspeed_config, in_memory
+from trainer.engine.deepspeed_config import deepspeed_config, in_memory
 from trainer.plan import Layout
 from trainer.planning.anatomy import Anatomy, Bytes
-from trainer.schedule import in_flight
+from trainer.stages import partition
+from trainer.stages.schedule import in_flight
 
 FIXED = {
     "cuda": 1_500_000_000,

@@ -8,11 +8,11 @@ stands still while the state is copied to the host and is then written at `WRITT
 from dataclasses import dataclass
 
 from configs.schema import Cluster
-from trainer.ettr import Costs, foretell
-from trainer.interval import young
-from trainer.ledger import HOUR, Holding, Ledger
+from trainer.cost.ledger import HOUR, Holding, Ledger
+from trainer.health.ettr import Costs, foretell
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
+from trainer.state.interval import young
 
 BETWEEN = 7.9 * HOUR * 1024  # device-seconds from one failure to the next
 NOTICED, RESTARTED = 60.0, 300.0

@@ -16,7 +16,7 @@ from typing import Any
 from configs.errors import InputError
 from models.activations import Attention, Dtype
 from models.operations import WORKS, Style, Work
-from trainer.devices import Device
+from trainer.machine.devices import Device
 
 MATH: tuple[Work, ...] = ("matrix", "window", "product")
 PRODUCTS: dict[Attention, float] = {"explicit": 0.12, "sdpa": 0.18, "flex": 0.35}

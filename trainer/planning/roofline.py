@@ -49,7 +49,7 @@ def of_block(block: BlockTraffic, rates: Rates, batch: int) -> Seconds:
     """Seconds of a block.
 
     A block that is made again as a whole stops before its last map, whose input is the last that is wanted
-    (`trainer.recompute`).
+    (`trainer.engine.recompute`).
     """
     forward = [of_operation(operation, rates, batch, FORWARD) for operation in block.operations]
     backward = [of_operation(operation, rates, batch, BACKWARD) for operation in block.operations]

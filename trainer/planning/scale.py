@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.errors import InputError
-from trainer.ledger import HOUR
+from trainer.cost.ledger import HOUR
 from trainer.planning import table
 from trainer.planning.answer import foretold, mfu
 from trainer.planning.choose import Candidate, Planner

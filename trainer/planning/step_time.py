@@ -7,18 +7,18 @@
                              it waits for the first micro-batch to reach it and for the last gradient to leave it
     step                     that, the traffic at the end of the step, and AdamW
 
-Bytes on the wire are those of `trainer.wire`, which tests hold against real ranks. Traffic is hidden behind the
+Bytes on the wire are those of `trainer.stages.wire`, which tests hold against real ranks. Traffic is hidden behind the
 backward pass of its micro-batch where DeepSpeed's configuration lets it be, up to `Rates.overlap` of that pass.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer import wire
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
 from trainer.planning.roofline import Seconds
-from trainer.wire import Share, Traffic
+from trainer.stages import wire
+from trainer.stages.wire import Share, Traffic
 
 ADAMW = 28  # bytes of AdamW for each element: weight, gradient and two moments read, all but the gradient written
 AVERAGE = 12  # of the moving average

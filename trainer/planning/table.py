@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trainer.ledger import DAY, HOUR, U_REF
+from trainer.cost.ledger import DAY, HOUR, U_REF
 from trainer.planning.answer import Answer, mfu
 from trainer.planning.choose import Candidate
 from trainer.planning.data_set import Size

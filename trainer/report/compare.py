@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from configs import resolve
-from trainer.ledger import Ledger
+from trainer.cost.ledger import Ledger
 from trainer.report import chart, scale
 from trainer.report.chart import Curve, Look
 from trainer.report.gather import HOUR, OWN, Facts, clock_of

@@ -12,9 +12,11 @@ from typing import Any
 from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
-from trainer import bill, data_card, goodput, track
-from trainer.bill import Bill
-from trainer.destination import SYSTEM, Line, Mark, unread
+from trainer.cost import bill
+from trainer.cost.bill import Bill
+from trainer.health import goodput
+from trainer.tracking import data_card, track
+from trainer.tracking.destination import SYSTEM, Line, Mark, unread
 
 HOUR = 3600.0
 SILENT = 120.0  # seconds without a word after which a run that has not ended counts as broken off
@@ -30,9 +32,9 @@ class Facts:
         lines: of metrics.jsonl, all attempts' in the order of time.
         events: the first rank's.
         bill: None where nothing was held yet.
-        data: of `trainer.data_card`; None in folders of older releases.
+        data: of `trainer.tracking.data_card`; None in folders of older releases.
         scores: of the last evaluation, with its step.
-        examples: of `trainer.examples`.
+        examples: of `trainer.evaluation.examples`.
     """
 
     folder: Path

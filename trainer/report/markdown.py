@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from models import spec
-from trainer import bill, data_card, statement
-from trainer.ledger import HOUR
+from trainer.cost import bill, statement
+from trainer.cost.ledger import HOUR
 from trainer.report import compare
 from trainer.report.gather import Facts
 from trainer.report.pictures import name_of
+from trainer.tracking import data_card
 
 SCORES = {"top1": "top-1", "top5": "top-5", "map": "mean average precision"}
 LIMITS = (

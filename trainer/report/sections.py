@@ -6,12 +6,13 @@ from dataclasses import replace
 from html import escape
 
 from configs import resolve
-from trainer import bill, data_card, statement
-from trainer.goodput import CLASSES
+from trainer.cost import bill, statement
+from trainer.health.goodput import CLASSES
 from trainer.report import chart, scale
 from trainer.report.chart import Curve, Look, Mark
 from trainer.report.gather import HOUR, Facts, clock_of
 from trainer.report.parts import Html, card, fold, grid, pairs, paragraph, section, table, tile
+from trainer.tracking import data_card
 
 SHOWN = 12  # bad samples, changed settings of a kind, worst classes in a first look
 HAPPENINGS = {  # events that the charts over time show: a letter, and what it means

@@ -13,8 +13,8 @@ import pytest
 from configs.errors import InputError
 from configs.resolve import diff, from_json, load, names, to_json
 from data_pipeline.building import demo
-from trainer.cli_config import resolve_command
-from trainer.cli_train import refuse_another_run, train_command
+from trainer.commands.config import resolve_command
+from trainer.commands.train import refuse_another_run, train_command
 
 
 def coatnet(root: Path, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

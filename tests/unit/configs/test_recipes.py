@@ -7,7 +7,7 @@ import pytest
 
 from configs import resolve
 from models import cost, spec
-from trainer.cli_config import resolve_command
+from trainer.commands.config import resolve_command
 
 # drop path, loss, smoothing, epochs, peak lr, schedule, warm-up steps, warm-up epochs, weight decay, RandAugment, mixup
 TABLE_10 = {

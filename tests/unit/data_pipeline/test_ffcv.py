@@ -22,7 +22,7 @@ from data_pipeline.ffcv import in_time, split_of
 from data_pipeline.manifest import Dataset
 from data_pipeline.order import Order
 from data_pipeline.stream import open_data
-from trainer.cli_ffcv import ffcv_command
+from trainer.commands.ffcv import ffcv_command
 
 RunOf = Callable[..., Run]
 

@@ -23,7 +23,7 @@ from data_pipeline.mixture import begin, resume
 from data_pipeline.order import sample_seed
 from data_pipeline.shard import OpenShards
 from data_pipeline.stream import Batch, heldout_loader, open_data, train_loader
-from trainer.cli_order import order_command
+from trainer.commands.order import order_command
 
 RunOf = Callable[..., Run]
 SAMPLES = 60  # said to be an epoch

@@ -11,7 +11,7 @@ from models import coatnet, drop_path, norm, spec
 from models.attention import kept_biases
 from models.coatnet import CoAtNet
 from models.spec import Spec
-from trainer.recompute import run_block
+from trainer.engine.recompute import run_block
 
 NANO = spec.get("coatnet-nano")
 VARIANTS = {

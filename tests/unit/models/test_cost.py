@@ -12,7 +12,7 @@ from configs.errors import InputError
 from models import coatnet, cost, norm, spec
 from models.attention import RelativeAttention
 from models.spec import SPECS, Spec
-from trainer.optim import parameter_groups
+from trainer.engine.optim import parameter_groups
 
 PAPER = [f"coatnet{number}" for number in range(8)] + ["coatnet3-dagger"]
 

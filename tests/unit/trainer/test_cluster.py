@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.cluster import Member
-from trainer.devices import peak_of
 from trainer.launch import free_port, launch
+from trainer.machine.devices import peak_of
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from configs import resolve
-from trainer import partition
-from trainer.deepspeed_config import deepspeed_config, weights
-from trainer.fit import estimate
+from trainer.engine.deepspeed_config import deepspeed_config, weights
 from trainer.plan import layout
+from trainer.planning.fit import estimate
+from trainer.stages import partition
 
 
 def coatnet(repository: Path, *words: str) -> "subprocess.CompletedProcess[str]":

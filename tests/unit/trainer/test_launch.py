@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from configs.errors import InputError
-from trainer import cluster, devices
+from trainer import cluster
 from trainer.launch import free_port, launch
+from trainer.machine import devices
 
 PROGRAM = """
 import importlib.util, json, os, signal, subprocess, sys, time

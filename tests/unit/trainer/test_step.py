@@ -15,9 +15,9 @@ from data_pipeline.stream import Batch, open_data, train_loader
 from models import coatnet, drop_path, spec
 from models.coatnet import CoAtNet
 from trainer.cluster import Member
-from trainer.engine import Engine
-from trainer.pipeline import Micro
+from trainer.engine.engine import Engine
 from trainer.session import part_of
+from trainer.stages.pipeline import Micro
 from trainer.step import Micros
 
 CLASSES, STAGES = 5, 3

@@ -29,7 +29,7 @@ from data_pipeline.merge import merge
 from data_pipeline.mixture import begin
 from data_pipeline.shard import OpenShards
 from data_pipeline.stream import train_loader
-from trainer.cli_data import data_command
+from trainer.commands.data import data_command
 
 
 def tar(path: Path, first: int, count: int, **other: bytes) -> str:

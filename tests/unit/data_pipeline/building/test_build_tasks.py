@@ -25,7 +25,7 @@ from data_pipeline.decode import decode
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards, Sample
-from trainer.cli_data import data_command
+from trainer.commands.data import data_command
 
 OPTIONS = Options(shard_samples=5, heldout=0.2)
 KILLED = int(os.environ.get("COATNET_KILLED_BUILDS", "3"))  # of the slow campaign, each killed until it is through

@@ -19,7 +19,7 @@ from data_pipeline.building.verify import verify
 from data_pipeline.decode import decode
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import OpenShards, Sample
-from trainer.cli_data import data_command
+from trainer.commands.data import data_command
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 needs_apt = pytest.mark.skipif(None in (shutil.which("apt-get"), shutil.which("dpkg-deb")), reason="needs apt-get")

@@ -13,7 +13,7 @@ from data_pipeline.building.verify import verify, verify_command
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Dataset, open_dataset
 from data_pipeline.shard import read_sidecar
-from trainer.cli_data import data_command
+from trainer.commands.data import data_command
 
 
 def flip(path: Path, sample: int, samples: int = 6) -> None:

@@ -8,7 +8,7 @@ import pytest
 from configs import resolve
 from configs.schema import Run
 from models.operations import STYLES, Style
-from trainer import devices
+from trainer.machine import devices
 from trainer.planning import rates
 from trainer.planning.choose import Planner
 from trainer.planning.machines import Machines

@@ -10,7 +10,7 @@ import pytest
 from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
-from trainer.ledger import DAY, P_REF, U_REF
+from trainer.cost.ledger import DAY, P_REF, U_REF
 from trainer.planning import answer, table
 from trainer.planning.answer import Answer
 from trainer.planning.choose import Planner

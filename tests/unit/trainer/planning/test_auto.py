@@ -10,9 +10,8 @@ from configs import resolve
 from configs.errors import InputError
 from configs.schema import Run
 from data_pipeline.errors import DataError
-from trainer import auto_layout
 from trainer.plan import layout
-from trainer.planning import auto, data_set
+from trainer.planning import auto, auto_layout, data_set
 from trainer.planning.data_set import Size
 
 from .conftest import machines_of

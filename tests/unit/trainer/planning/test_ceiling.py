@@ -3,7 +3,7 @@
 import pytest
 
 from models import spec
-from trainer import devices
+from trainer.machine import devices
 from trainer.planning.ceiling import Ceiling, ceiling, text
 
 H100 = devices.DEVICES["h100"]

@@ -7,8 +7,8 @@ import pytest
 
 from configs import resolve
 from configs.schema import Run
-from trainer import fit
 from trainer.plan import layout
+from trainer.planning import fit
 from trainer.planning.choose import Candidate, Planner
 
 from .conftest import machines_of, planner_of, rates_of

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import InputError
 from trainer.cli import main
-from trainer.cli_plan import counts_of
+from trainer.commands.plan import counts_of
 
 
 @pytest.fixture(autouse=True)

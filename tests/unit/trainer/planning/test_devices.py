@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from configs.errors import InputError
-from trainer import devices
+from trainer.machine import devices
 
 OWN = {"peak": 1e15, "memory": 64e9, "bandwidth": 2e12, "link": 1e11, "host": 2e10, "watts": 500, "per_node": 4}
 

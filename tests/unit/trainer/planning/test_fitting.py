@@ -12,7 +12,7 @@ from configs.schema import Run
 from models import spec
 from models.operations import WORKS, BlockTraffic
 from models.traffic import traffic
-from trainer import devices
+from trainer.machine import devices
 from trainer.plan import layout
 from trainer.planning import fitting, rates
 from trainer.planning.choose import Planner

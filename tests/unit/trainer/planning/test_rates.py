@@ -9,7 +9,7 @@ import pytest
 from configs.errors import InputError
 from models.activations import Attention, Dtype
 from models.operations import WORKS, Style
-from trainer import devices
+from trainer.machine import devices
 from trainer.planning import rates
 from trainer.planning.rates import Rates, assumed
 

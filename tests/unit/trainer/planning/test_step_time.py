@@ -12,8 +12,8 @@ from trainer.planning import step_time
 from trainer.planning.rates import Rates
 from trainer.planning.roofline import Seconds
 from trainer.planning.step_time import StageWork, Terms
-from trainer.schedule import Compute, one_forward_one_backward
-from trainer.wire import Share
+from trainer.stages.schedule import Compute, one_forward_one_backward
+from trainer.stages.wire import Share
 
 from .conftest import machines_of, rates_of
 

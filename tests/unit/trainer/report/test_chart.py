@@ -133,6 +133,6 @@ def test_a_bar_lists_its_parts_and_keeps_their_patterns() -> None:
 
 def scale_classes() -> list[str]:
     """The classes that a bar of wall time has parts for."""
-    from trainer.goodput import CLASSES
+    from trainer.health.goodput import CLASSES
 
     return list(CLASSES)

@@ -1,0 +1,1 @@
+"""Measurements: the record format, what `coatnet bench` times, what a profile shows."""

@@ -1,0 +1,1 @@
+"""One optimizer step's machinery: the network on its device, DeepSpeed behind a protocol, optimizer, averages."""

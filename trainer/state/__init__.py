@@ -1,0 +1,1 @@
+"""What survives a run's processes: checkpoints written, verified, kept, found again, and taken elsewhere."""

@@ -1,0 +1,1 @@
+"""Where a run's figures go: its own lines first, then MLflow, TensorBoard and W&B."""
