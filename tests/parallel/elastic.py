@@ -46,8 +46,7 @@ class Found:
 
     Attributes:
         loss: the largest difference of a step's loss.
-        weights, average, moments, statistics: the largest difference of an element at the end, as a share of the
-            tensor's largest one.
+        weights, average, moments, statistics: the largest difference of an element at the end, see `shares`.
         bitwise: whether all tensors at the end are the same to the bit, and all losses.
         samples: whether every step took the same samples, each once.
         score: the largest difference of an evaluation's scores.
@@ -152,10 +151,7 @@ def measured(source: Layout, to: Layout, runs: Path, taken: dict[str, list[Any]]
     losses = [logged(runs / name) for name in (whole, part)]
     far = max(abs(losses[0][step] - losses[1][step]) for step in range(AT + 1, STEPS + 1))
     found = compare(*(runs / name / "checkpoints" / f"step-{STEPS:08d}" for name in (whole, part)))
-    share: dict[str, float] = {}
-    for row in found["tensors"]:
-        kind = row["kind"] if row["kind"] != BUFFERS else "statistics"
-        share[kind] = max(share.get(kind, 0.0), row["largest"] / row["scale"])
+    share = shares(found["tensors"])
     expected = sorted(row for row in map(tuple, taken[whole]) if row[0] >= AT * BATCH)
     scores = [json.loads((runs / name / "evaluation.json").read_text()) for name in (whole, part)]
     return Found(
@@ -171,6 +167,22 @@ def measured(source: Layout, to: Layout, runs: Path, taken: dict[str, list[Any]]
         score=max(abs(scores[0][key] - scores[1][key]) for key in scores[0]),
         wrong=found["only"],
     )
+
+
+def shares(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest difference of an element of each kind, as a share of its tensor's largest one.
+
+    Some tensors hold nothing but rounding, such as biases that a BatchNorm takes away again: no scale is below a
+    hundredth of the largest of the kind.
+    """
+    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for row in rows:
+        largest[row["kind"]] = max(largest.get(row["kind"], 0.0), row["scale"])
+    for row in rows:
+        kind = row["kind"] if row["kind"] != BUFFERS else "statistics"
+        found[kind] = max(found.get(kind, 0.0), row["largest"] / max(row["scale"], largest[row["kind"]] / 100))
+    return found
 
 
 def logged(folder: Path) -> dict[int, float]:

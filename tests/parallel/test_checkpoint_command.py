@@ -199,7 +199,7 @@ def test_wrong_words_are_refused(made: Path, tmp_path: Path, capsys: Capture) ->
         (("convert", made / "zero1", "--out", out, "--tag", "x"), "has no effect here"),
         (
             ("convert", made / "zero1" / "theirs", "--out", out, "--recipe", "coatnet0-in1k-224"),
-            "does not fit coatnet0",
+            "its tensors are not those of coatnet0",
         ),
         (("convert", made / "zero1", "--out", tmp_path / "x.pt"), "nearest valid"),
     ):

@@ -57,9 +57,10 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     """`mlflow models serve`, somewhere that is not the repository."""
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     words = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "-p", str(port)]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # it calls uvicorn by its name
     with log.open("w") as output:
         process = subprocess.Popen([*words, "--env-manager", "local"], cwd=log.parent, stdout=output, stderr=output,
-                                   start_new_session=True)  # fmt: skip
+                                   env=os.environ | {"PATH": path}, start_new_session=True)  # fmt: skip
     try:
         while not _answers(f"http://127.0.0.1:{port}/ping"):
             assert process.poll() is None, log.read_text()
