@@ -25,6 +25,7 @@ SMALL = """--cluster.ranks 2 --data.global-batch 8 --norm.replica-batch 4 --para
     --model.depths 2 1 1 2 1 --optim.ema 0.9"""
 ON_DISK, IN_MEMORY = "--parallel.zero 3 --parallel.offload nvme", "--parallel.zero 0"
 LIMIT = 14 << 30  # bytes that the steps of the real size may take
+GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Trained:
 
     Attributes:
         losses, norms: of every step.
-        peak: bytes of the command and all its processes together at most, sampled; pages shared with a file count.
+        peak: bytes of the command and all its processes together at most, sampled; pages of files, which the system
+            takes back when it wants them, do not count.
         disk: bytes in the folder for the state at most.
         seconds: of each step but the first.
     """
@@ -45,12 +47,13 @@ class Trained:
     seconds: list[float]
 
 
-def trained(words: str, folder: Path, steps: int = STEPS) -> Trained:
+def trained(words: str, folder: Path, steps: int = STEPS, room: "Room | None" = None) -> Trained:
     """Take the steps.
 
     Args:
         words: of the command line, after those of all runs.
         folder: for the run, and for its state.
+        room: in which the command has to live.
 
     Raises:
         RuntimeError: the command failed, with what it said.
@@ -60,6 +63,8 @@ def trained(words: str, folder: Path, steps: int = STEPS) -> Trained:
     command += f"{COMMON} --steps {steps} {words}".split()
     if "nvme" in words:
         command += ["--parallel.offload-path", str(disk)]
+    if room is not None:
+        command = ["sh", "-c", f'echo $$ > {room.folder}/cgroup.procs && exec "$@"', "sh", *command]
     folder.mkdir(parents=True, exist_ok=True)
     peak = held = 0
     with (folder / "said").open("w") as said:
@@ -95,11 +100,36 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of a process in memory; 0 of one that is gone."""
+    """Bytes of a process in memory that are no file's; 0 of one that is gone."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return 1024 * sum(int(rows[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+    except (OSError, KeyError):
         return 0
+
+
+class Room:
+    """A control group of the kernel (version 1), made by root: the memory that all its processes may take together.
+
+    Pages of files are counted in; the kernel takes them back where there is no room.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.folder = GROUPS / f"coatnet-{os.getpid()}"
+        self._limit = limit
+
+    @staticmethod
+    def possible() -> bool:
+        """Whether this process may make one."""
+        return os.access(GROUPS / "cgroup.procs", os.W_OK)
+
+    def __enter__(self) -> "Room":
+        self.folder.mkdir()
+        (self.folder / "memory.limit_in_bytes").write_text(str(self._limit))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.rmdir()
 
 
 def _size(path: Path) -> int:
