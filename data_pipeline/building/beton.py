@@ -23,7 +23,7 @@ from configs.errors import InputError
 from configs.schema import Data
 from data_pipeline import ffcv
 from data_pipeline.beton import SUFFIX, Notes, checksum, read_notes
-from data_pipeline.building.verify import WHOLE_SHARD, Finding, Report, decode_whole
+from data_pipeline.building.findings import WHOLE_SHARD, Finding, Report, decode_whole
 from data_pipeline.building.workers import spread
 from data_pipeline.building.writing import aside, flush_folder, write_whole
 from data_pipeline.errors import DataError

@@ -14,40 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import InputError
-from configs.schema import Data
 from data_pipeline.beton import is_beton
+from data_pipeline.building.beton import verify_beton
+from data_pipeline.building.findings import WHOLE_SHARD, Finding, Report, decode_whole
 from data_pipeline.building.workers import spread
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.manifest import MANIFEST, Dataset, Row, check_files, open_dataset
 from data_pipeline.members import Labelling
 from data_pipeline.shard import OpenShard, OpenShards
 from data_pipeline.store import is_url
-
-WHOLE_SHARD = -1  # the sample number of a finding that is not about one sample
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong: in shard `shard` (path relative to the data set) at `sample` (-1: the whole shard)."""
-
-    shard: str
-    sample: int
-    key: str  # empty where it cannot be read
-    reason: str  # a whole sentence that names the place too
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was read and what is wrong with it, one line per finding; `per_shard` has the findings of bad shards."""
-
-    root: str
-    shards: int
-    samples: int
-    bytes: int
-    problems: tuple[str, ...]
-    findings: tuple[Finding, ...] = ()
-    per_shard: tuple[tuple[str, int], ...] = ()
-    decoded: int = 0  # pictures decoded without fault
 
 
 @dataclass(frozen=True)
@@ -86,8 +61,6 @@ def verify(path: str | Path, deep: bool = False, workers: int = 1) -> Report:
     if is_url(str(path)):
         raise InputError(f"{path}: verify reads local folders; a shard behind a URL is verified whenever it is fetched")
     if is_beton(str(path)):
-        from data_pipeline.building.beton import verify_beton  # which takes its findings from here
-
         return verify_beton(str(path), deep, workers)
     dataset = open_dataset(path, look=False)  # a missing shard is a finding, and not the only one
     findings: list[Finding] = []
@@ -201,17 +174,3 @@ def _read_samples(job: _Job, opened: OpenShard) -> Iterator[Finding | set[int]]:
             yield set(sample.labels)
         except DataError as error:
             yield Finding(job.row.path, number, key, str(error))
-
-
-def decode_whole(picture: bytes, where: str) -> None:
-    """Decode a picture as training would.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    from data_pipeline.decode import decode  # here, because it imports torch
-
-    try:
-        decode(picture, Data().max_pixels)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error

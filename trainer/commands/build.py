@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
-from trainer.commands.data import MANY, parse, whole
+from trainer.commands.words import MANY, whole
+from trainer.commands.words import options as parse
 
 if TYPE_CHECKING:
     from data_pipeline.building.plan import Options

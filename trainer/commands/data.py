@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 from configs.errors import InputError, unknown
 from trainer.commands.order import order_command
+from trainer.commands.words import options as parse
+from trainer.commands.words import whole
 
 BUILDING = ("build", "plan", "run", "merge", "adopt")
-MANY = 1 << 30  # values of an option: any number
 
 USAGE = """usage: coatnet data demo --out DIR [--source digits]
                         --source clipart [PATH] [--short-side N]
@@ -119,48 +120,3 @@ def _verify(arguments: list[str]) -> int:
         return 76 if report.problems else 0
     print(verify.verify_command(folder, deep, workers, quarantine))
     return 0
-
-
-def parse(arguments: list[str], known: dict[str, int], places: int = 0) -> dict[str, list[str]]:
-    """Split words into options, each with up to its number of values; under "" are the words before any option.
-
-    Args:
-        arguments: the words.
-        known: options and the number of their values: 0 for a switch, MANY for any number of them.
-        places: how many words may stand alone.
-
-    Raises:
-        InputError: an unknown option, a value without one, or an option without a value or given twice.
-    """
-    options: dict[str, list[str]] = {"": []}
-    current, room = "", places
-    for word in arguments:
-        if word.startswith("--"):
-            if word not in known:
-                raise unknown("option", word, known)
-            if word in options:
-                raise InputError(f"{word} is given twice; say it once")
-            current, room = word, known[word]
-            options[current] = []
-        elif len(options[current]) == room and len(options[""]) < places:
-            options[""].append(word)  # a place after an option that has all its values
-        elif len(options[current]) == room:
-            raise InputError(f"unexpected {word!r}; see `coatnet data --help`")
-        else:
-            options[current].append(word)
-    for name, values in options.items():
-        if name and known[name] and not values:
-            raise InputError(f"{name} needs a value; see `coatnet data --help`")
-    return options
-
-
-def whole(options: dict[str, list[str]], name: str, default: int) -> int:
-    """The whole number given with an option.
-
-    Raises:
-        InputError: it is none.
-    """
-    text = options.get(name, [str(default)])[0]
-    if not text.isdecimal():
-        raise InputError(f"{name} {text!r}: must be a whole number, such as {default or 128}")
-    return int(text)

@@ -3,7 +3,8 @@
 import sys
 
 from configs.errors import InputError
-from trainer.commands.data import parse, whole
+from trainer.commands.words import options as parse
+from trainer.commands.words import whole
 
 FFCV_USAGE = """usage: coatnet data ffcv DIR --out FILE.beton [--split train|heldout] [--max-resolution N]
                         [--jpeg-quality Q] [--workers N]

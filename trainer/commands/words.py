@@ -2,6 +2,8 @@
 
 from configs.errors import InputError, unknown
 
+MANY = 1 << 30  # values of an option: any number
+
 
 def parse(
     command: str, arguments: list[str], count: int, flags: tuple[str, ...], valued: tuple[str, ...] = ()
@@ -33,3 +35,48 @@ def parse(
         wanted = ("one path or more", "one path", "two paths")[count]
         raise InputError(f"{command} takes {wanted}, not {len(names)}: {' '.join(names) or 'none given'}")
     return names, options
+
+
+def options(arguments: list[str], known: dict[str, int], places: int = 0) -> dict[str, list[str]]:
+    """Split words into options, each with up to its number of values; under "" are the words before any option.
+
+    Args:
+        arguments: the words.
+        known: options and the number of their values: 0 for a switch, MANY for any number of them.
+        places: how many words may stand alone.
+
+    Raises:
+        InputError: an unknown option, a value without one, or an option without a value or given twice.
+    """
+    found: dict[str, list[str]] = {"": []}
+    current, room = "", places
+    for word in arguments:
+        if word.startswith("--"):
+            if word not in known:
+                raise unknown("option", word, known)
+            if word in found:
+                raise InputError(f"{word} is given twice; say it once")
+            current, room = word, known[word]
+            found[current] = []
+        elif len(found[current]) == room and len(found[""]) < places:
+            found[""].append(word)  # a place after an option that has all its values
+        elif len(found[current]) == room:
+            raise InputError(f"unexpected {word!r}; see `coatnet data --help`")
+        else:
+            found[current].append(word)
+    for name, values in found.items():
+        if name and known[name] and not values:
+            raise InputError(f"{name} needs a value; see `coatnet data --help`")
+    return found
+
+
+def whole(options: dict[str, list[str]], name: str, default: int) -> int:
+    """The whole number given with an option.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = options.get(name, [str(default)])[0]
+    if not text.isdecimal():
+        raise InputError(f"{name} {text!r}: must be a whole number, such as {default or 128}")
+    return int(text)

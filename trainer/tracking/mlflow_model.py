@@ -108,11 +108,11 @@ def write(path: Path, weights: interop.Weights, force: bool = False) -> None:
         raise InputError(f"{path}: cannot be written: {error}; choose another --out") from None
 
 
-def register(folder: Path, name: str, uri: str, run_id: str) -> str:
-    """Log the newest verified weights of a run folder under its MLflow run, as a new version of a registered model.
+def register(weights: interop.Weights, name: str, uri: str, run_id: str) -> str:
+    """Log weights under a run's MLflow run, as a new version of a registered model.
 
     Args:
-        folder: of the run.
+        weights: of the run.
         name: in the registry; made with its first version.
         uri: of MLflow.
         run_id: of the MLflow run.
@@ -122,11 +122,9 @@ def register(folder: Path, name: str, uri: str, run_id: str) -> str:
     """
     import mlflow
 
-    from trainer.state import export
-
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    with parts(export.of_run(folder)) as made, mlflow.start_run(run_id=run_id):
+    with parts(weights) as made, mlflow.start_run(run_id=run_id):
         scores = {key: float(value) for key, value in made.card.metrics.items()}
         logged = mlflow.pyfunc.log_model(
             name="model", registered_model_name=name, step=made.card.step, params={"weights": made.card.weights},

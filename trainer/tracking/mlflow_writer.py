@@ -157,9 +157,10 @@ class MlflowWriter:
             for file in sorted((self._folder / folder).glob("*.*")):
                 self._client.log_artifact(run_id, str(file), folder)
         if done and self._run.tracking.register and not self._position.own.get("model"):
+            from trainer.state import export
             from trainer.tracking import mlflow_model
 
-            version = mlflow_model.register(self._folder, self._run.tracking.register, self._uri, run_id)
+            version = mlflow_model.register(export.of_run(self._folder), self._run.tracking.register, self._uri, run_id)
             self._position.save(self._position.mark, model=version)
         self._client.set_terminated(run_id, "FINISHED" if done else "KILLED", mlflow_run.times(self._folder)[1])
         self._position.save(upto)
