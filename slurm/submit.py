@@ -183,7 +183,8 @@ def refusal(said: str) -> InputError:
         "partition": "`sinfo -s` lists partitions; set `partition` in the cluster's profile",
         "account": "`sacctmgr show assoc user=$USER` lists your accounts; set `account` in the cluster's profile",
         "qos": "`sacctmgr show qos` lists them; set `qos` in the cluster's profile",
-        "node": "`sinfo -N -l` shows the nodes; ask for fewer with --nodes, or another partition",
+        "node": "`sinfo -N -l` shows the nodes, `sinfo -o '%N %G'` their GPUs; ask for fewer with --nodes or another "
+        "partition, or see `gpus` and `gpu_option` in the cluster's profile",
         "time": "`scontrol show partition` shows MaxTime; set `time` in the cluster's profile",
         "gres": "`sinfo -o '%N %G'` shows the GPUs; see `gpus` and `gpu_option` in the cluster's profile",
     }
@@ -201,6 +202,7 @@ def send(folder: Path, code: Path, request: Request, profile: Profile, elements:
     Raises:
         InputError: SLURM's refusal.
     """
+    _require_nodes(folder, code, request, profile, elements)
     sent: list[str] = []
     try:
         if elements > 1:
@@ -215,6 +217,19 @@ def send(folder: Path, code: Path, request: Request, profile: Profile, elements:
             raise
         raise refusal(str(error)) from None
     return sent
+
+
+def _require_nodes(folder: Path, code: Path, request: Request, profile: Profile, elements: int) -> None:
+    """Refuse more nodes than the partition has: SLURM by default queues such a job, and it waits for ever.
+
+    Raises:
+        InputError: SLURM's words and ours.
+    """
+    name, least = str(profile.sbatch.get("partition", profile.partition)), request.node_counts[0]
+    total = scheduler.partition_of(name).get("TotalNodes", "")
+    if total.isdecimal() and least > int(total):
+        test_only(script(executor(folder, code, request, profile), elements))
+        raise refusal(f"the partition has {total} nodes, not {least}")
 
 
 def _start(path: str) -> str:

@@ -162,7 +162,10 @@ class Tiny:
                 with contextlib.suppress(OSError):
                     told = path.read_bytes().split(b"\0")
                     wanted = (f"COATNET_TRY={name}".encode(), f"SLURM_PROCID={number}".encode())
-                    if all(word in told for word in wanted) and b"slurm.rank" in (path.parent / "cmdline").read_bytes():
+                    program, *words = (path.parent / "cmdline").read_bytes().split(b"\0")
+                    # srun has the same words behind its own, and the batch script's SLURM_PROCID, which is 0.
+                    own = b"slurm.rank" in words and not program.endswith(b"srun")
+                    if own and all(word in told for word in wanted):
                         return int(path.parent.name)
             assert time.monotonic() < deadline, f"rank {number} of {name} is not there"
             time.sleep(0.1)

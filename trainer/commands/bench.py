@@ -1,13 +1,10 @@
 """`coatnet bench model`: the speed and memory of a training step on this machine; the others: their own files."""
 
-import json
 import sys
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from configs.errors import InputError, unknown
-from trainer.commands import bench_blocks, bench_data, bench_step
+from configs.errors import unknown
+from trainer.commands import bench_blocks, bench_data, bench_step, words
 
 if TYPE_CHECKING:
     from models.activations import Device, Dtype, Recompute
@@ -37,9 +34,8 @@ CHOICES = {
     "--recompute": ("none", "selective", "full"),
     "--device": ("cpu", "cuda"),
 }
-NUMBERS = {"--batch": 2, "--resolution": 32, "--rounds": 1, "--threads": 1}  # and the least of each
-MANY = ("--dtype", "--recompute")
-KNOWN = (*CHOICES, *NUMBERS, "--out", "--json")
+LEAST = {"--batch": 2, "--resolution": 32, "--rounds": 1, "--threads": 1}
+KNOWN = dict.fromkeys((*CHOICES, *LEAST, "--out"), 1) | {"--json": 0, "--dtype": words.MANY, "--recompute": words.MANY}
 
 
 def bench_command(arguments: list[str]) -> int:
@@ -55,13 +51,14 @@ def bench_command(arguments: list[str]) -> int:
         return 0
     if arguments[0] != "model":
         raise unknown("bench command", arguments[0], ("model", "data", "blocks", "step"))
-    name, options = parse(arguments[1:])
+    options = words.options("coatnet bench model", arguments[1:], KNOWN, places=1)
+    words.chosen(options, CHOICES)
+    numbers = words.at_least(options, LEAST)
     from trainer.bench.model import Settings, measure
 
     defaults = Settings()
-    numbers = {option[2:]: number(option, options[option][0]) for option in NUMBERS if option in options}
     settings = Settings(
-        name=name or defaults.name,
+        name="".join(options[""]) or defaults.name,
         against_timm="--against" in options,
         stride=cast("Stride | None", options.get("--stride", [None])[0]),
         dtypes=cast("tuple[Dtype, ...]", tuple(options.get("--dtype", defaults.dtypes))),
@@ -70,54 +67,5 @@ def bench_command(arguments: list[str]) -> int:
         **numbers,
     )
     record = measure(settings)
-    if "--json" in options:
-        print(json.dumps(asdict(record)))
-    else:
-        width = max(len(key) for key in record.summary)
-        print("\n".join([record.command, *(f"{key:{width}}  {value}" for key, value in record.summary.items())]))
-    if "--out" in options:
-        print(f"wrote {record.write(Path(options['--out'][0]))}", file=sys.stderr)
+    words.show(record, options)
     return 0
-
-
-def parse(words: list[str]) -> tuple[str, dict[str, list[str]]]:
-    """The model's name, empty if none is given, and the values of each option.
-
-    Raises:
-        InputError: an option or a value that there is not, a word too many, or an option without its value.
-    """
-    options: dict[str, list[str]] = {}
-    names, current = [], ""
-    for word in words:
-        if word.startswith("--"):
-            if word not in KNOWN:
-                raise unknown("option", word, KNOWN)
-            if word in options:
-                raise InputError(f"{word} is given twice; list its values behind one, or leave one out")
-            current, options[word] = word, []
-        elif not current or current == "--json" or (options[current] and current not in MANY):
-            names.append(word)
-        else:
-            if word not in CHOICES.get(current, (word,)):
-                raise unknown(f"value of {current}", word, CHOICES[current])
-            if word in options[current]:
-                raise InputError(f"{current} {word} is given twice; leave one out")
-            options[current].append(word)
-    if len(names) > 1:
-        raise InputError(f"unexpected {names[1]!r}: coatnet bench model takes one model; see --help")
-    for option, values in options.items():
-        if not values and option != "--json":
-            raise InputError(f"{option} needs a value; see `coatnet bench --help`")
-    return "".join(names), options
-
-
-def number(option: str, word: str) -> int:
-    """The whole number behind an option.
-
-    Raises:
-        InputError: no number, or below the least.
-    """
-    least = NUMBERS[option]
-    if not word.isdecimal() or int(word) < least:
-        raise InputError(f"{option} {word}: must be a whole number of at least {least}; nearest valid: {least}")
-    return int(word)

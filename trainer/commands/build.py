@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
-from trainer.commands.words import MANY, whole
-from trainer.commands.words import options as parse
+from trainer.commands import words
 
 if TYPE_CHECKING:
     from data_pipeline.building.plan import Options
@@ -74,7 +73,7 @@ def build_command(name: str, arguments: list[str]) -> int:
 def _build(arguments: list[str]) -> int:
     """`coatnet data build SOURCE --out DIR`: plan, run and merge in local processes."""
     cluster = {"--cluster": 1, "--tasks": 1, "--cpus": 1, "--wait": 0}
-    options = parse(arguments, OPTIONS | cluster | {"--out": 1, "--workers": 1}, places=1)
+    options = words.options("coatnet data build", arguments, OPTIONS | cluster | {"--out": 1, "--workers": 1}, places=1)
     source, out = _place(options, "build", "SOURCE"), _out(options, "build")
     if "--cluster" in options:
         return _build_on_cluster(source, out, options)
@@ -82,7 +81,7 @@ def _build(arguments: list[str]) -> int:
         raise InputError("--tasks, --cpus and --wait belong to --cluster PROFILE; `coatnet data plan` cuts without one")
     from data_pipeline.building import tasks
 
-    dataset = tasks.build(source, out, _made_of(options), whole(options, "--workers", 1), _tell)
+    dataset = tasks.build(source, out, _made_of(options), words.whole(options, "--workers", 1), _tell)
     print(_described(out, dataset))
     return 0
 
@@ -91,18 +90,18 @@ def _build_on_cluster(source: str, out: str, options: dict[str, list[str]]) -> i
     """`coatnet data build ... --cluster PROFILE`: plan here, the rest as jobs."""
     from trainer.commands import build_cluster
 
-    count = build_cluster.tasks_for(whole(options, "--tasks", 0))
+    count = build_cluster.tasks_for(words.whole(options, "--tasks", 0))
     from data_pipeline.building import plan  # torch comes with it
     from data_pipeline.building.build import BUILD
     from data_pipeline.manifest import Dataset, open_dataset
 
     if Path(out, BUILD, plan.PLAN).exists():
         count = 0  # the tasks of a build that goes on are those that it was cut into
-    made = plan.plan(source, out, _made_of(options), count, whole(options, "--workers", 1), _tell)
+    made = plan.plan(source, out, _made_of(options), count, words.whole(options, "--workers", 1), _tell)
     if isinstance(made, Dataset):
         print(_described(out, made))
         return 0
-    cpus = whole(options, "--cpus", 1)
+    cpus = words.whole(options, "--cpus", 1)
     array, merge = build_cluster.send(out, len(made.tasks), options["--cluster"][0], cpus)
     if "--wait" in options:
         build_cluster.wait(out, array, merge)
@@ -112,13 +111,15 @@ def _build_on_cluster(source: str, out: str, options: dict[str, list[str]]) -> i
 
 def _plan(arguments: list[str]) -> int:
     """`coatnet data plan SOURCE --out DIR --tasks T`."""
-    options = parse(arguments, OPTIONS | {"--out": 1, "--workers": 1, "--tasks": 1}, places=1)
+    options = words.options(
+        "coatnet data plan", arguments, OPTIONS | {"--out": 1, "--workers": 1, "--tasks": 1}, places=1
+    )
     source, out = _place(options, "plan", "SOURCE"), _out(options, "plan")
     from data_pipeline.building import plan
     from data_pipeline.manifest import Dataset
 
-    tasks = whole(options, "--tasks", 0)
-    made = plan.plan(source, out, _made_of(options), tasks, whole(options, "--workers", 1), _tell)
+    tasks = words.whole(options, "--tasks", 0)
+    made = plan.plan(source, out, _made_of(options), tasks, words.whole(options, "--workers", 1), _tell)
     if isinstance(made, Dataset):
         print(f"{out}: built already")
         return 0
@@ -131,19 +132,19 @@ def _plan(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     """`coatnet data run DIR --task I`."""
-    options = parse(arguments, {"--task": 1}, places=1)
+    options = words.options("coatnet data run", arguments, {"--task": 1}, places=1)
     out = _place(options, "run", "DIR")
     if "--task" not in options:
         raise InputError("coatnet data run: --task I is missing: the number of the task to do")
     from data_pipeline.building import tasks
 
-    print(f"{out}: task {tasks.run(out, whole(options, '--task', 0))} done")
+    print(f"{out}: task {tasks.run(out, words.whole(options, '--task', 0))} done")
     return 0
 
 
 def _merge(arguments: list[str]) -> int:
     """`coatnet data merge DIR`."""
-    out = _place(parse(arguments, {}, places=1), "merge", "DIR")
+    out = _place(words.options("coatnet data merge", arguments, {}, places=1), "merge", "DIR")
     from data_pipeline.building import tasks
 
     print(_described(out, tasks.merge(out)))
@@ -152,13 +153,13 @@ def _merge(arguments: list[str]) -> int:
 
 def _adopt(arguments: list[str]) -> int:
     """`coatnet data adopt TAR ... --out DIR`."""
-    known = {"--out": 1, "--heldout": MANY, "--vocabulary": 1, "--label-field": 1, "--workers": 1}
-    options = parse(arguments, known, places=MANY)
+    known = {"--out": 1, "--heldout": words.MANY, "--vocabulary": 1, "--label-field": 1, "--workers": 1}
+    options = words.options("coatnet data adopt", arguments, known, places=words.MANY)
     out = _out(options, "adopt")
     from data_pipeline.building import adopt
 
     vocabulary, field = (options.get(name, [""])[0] for name in ("--vocabulary", "--label-field"))
-    tars, heldout, workers = options[""], options.get("--heldout", []), whole(options, "--workers", 1)
+    tars, heldout, workers = options[""], options.get("--heldout", []), words.whole(options, "--workers", 1)
     dataset = adopt.adopt(tars, out, heldout, vocabulary, workers, _tell, field)
     print(_described(out, dataset))
     return 0
@@ -186,14 +187,14 @@ def _made_of(options: dict[str, list[str]]) -> "Options":
         raise InputError(f"--heldout {word('--heldout')!r}: must be a share, such as 0.05") from error
     return Options(
         reading=Reading(word("--kind", "auto"), word("--labels", "folder"), columns, word("--label-field")),
-        shard_samples=whole(options, "--shard-samples", SHARD),
+        shard_samples=words.whole(options, "--shard-samples", SHARD),
         heldout=heldout,
         heldout_source=word("--heldout-source"),
         label_kind=word("--label-kind", "auto"),
         vocabulary=word("--vocabulary"),
         hierarchy=word("--hierarchy"),
-        short_side=whole(options, "--short-side", 0),
-        quality=whole(options, "--quality", 0),
+        short_side=words.whole(options, "--short-side", 0),
+        quality=words.whole(options, "--quality", 0),
         skip_unreadable="--skip-unreadable" in options,
     )
 

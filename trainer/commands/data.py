@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from configs.errors import InputError, unknown
+from trainer.commands import words
 from trainer.commands.order import order_command
-from trainer.commands.words import options as parse
-from trainer.commands.words import whole
 
 BUILDING = ("build", "plan", "run", "merge", "adopt")
 
@@ -63,7 +62,9 @@ def _demo(arguments: list[str]) -> int:
     """`coatnet data demo --out DIR [--source digits | clipart [PATH] | folder PATH]`."""
     from data_pipeline.building import demo
 
-    options = parse(arguments, {"--out": 1, "--source": 2, "--short-side": 1, "--skip-unreadable": 0})
+    options = words.options(
+        "coatnet data demo", arguments, {"--out": 1, "--source": 2, "--short-side": 1, "--skip-unreadable": 0}
+    )
     skip = "--skip-unreadable" in options
     if "--out" not in options:
         raise InputError("coatnet data demo: --out DIR is missing: the folder to write the data set to")
@@ -107,10 +108,12 @@ def _verify(arguments: list[str]) -> int:
     """`coatnet data verify DIR [--deep] [--workers N] [--quarantine FILE] [--json]`."""
     from data_pipeline.building import verify
 
-    options = parse(arguments, {"--deep": 0, "--json": 0, "--workers": 1, "--quarantine": 1}, places=1)
+    options = words.options(
+        "coatnet data verify", arguments, {"--deep": 0, "--json": 0, "--workers": 1, "--quarantine": 1}, places=1
+    )
     if not options[""]:
         raise InputError("coatnet data verify takes one folder")
-    folder, deep, workers = options[""][0], "--deep" in options, whole(options, "--workers", 1)
+    folder, deep, workers = options[""][0], "--deep" in options, words.whole(options, "--workers", 1)
     quarantine = options.get("--quarantine", [""])[0]
     if "--json" in options:
         report = verify.verify(folder, deep, workers)

@@ -3,8 +3,7 @@
 import sys
 
 from configs.errors import InputError
-from trainer.commands.words import options as parse
-from trainer.commands.words import whole
+from trainer.commands import words
 
 FFCV_USAGE = """usage: coatnet data ffcv DIR --out FILE.beton [--split train|heldout] [--max-resolution N]
                         [--jpeg-quality Q] [--workers N]
@@ -34,15 +33,16 @@ def ffcv_command(arguments: list[str]) -> int:
         sys.stdout.write(FFCV_USAGE + "\n")
         return 0
     known = {"--out": 1, "--split": 1, "--max-resolution": 1, "--jpeg-quality": 1, "--workers": 1}
-    options = parse(arguments, known, places=1)
+    options = words.options("coatnet data ffcv", arguments, known, places=1)
     if not options[""] or "--out" not in options:
         raise InputError("coatnet data ffcv: needs the data set's folder and --out FILE.beton")
     from data_pipeline.building.beton import Form, write_beton
 
     usual = Form()
     form = Form(
-        whole(options, "--max-resolution", usual.max_resolution), whole(options, "--jpeg-quality", usual.jpeg_quality)
+        words.whole(options, "--max-resolution", usual.max_resolution),
+        words.whole(options, "--jpeg-quality", usual.jpeg_quality),
     )
     split = options.get("--split", ["train"])[0]
-    print(write_beton(options[""][0], options["--out"][0], split, form, whole(options, "--workers", 1)))
+    print(write_beton(options[""][0], options["--out"][0], split, form, words.whole(options, "--workers", 1)))
     return 0

@@ -13,7 +13,7 @@ from models import cost, spec
 from trainer import cli
 from trainer.bench import record as bench
 from trainer.bench.data import Settings, made_up, measure
-from trainer.commands.bench_data import parse
+from trainer.commands.bench_data import bench_data_command
 
 RECIPE = "coatnet0-in1k-224"
 
@@ -79,7 +79,7 @@ def test_other_pictures_are_not_measured_against_others(tmp_path: Path) -> None:
         (["--rounds", "x"], "--rounds x: must be a whole number"),
         (["--pictures", "63"], "nearest valid: 64"),
         (["--against", "webdatset"], "did you mean 'webdataset'"),
-        (["--against", "webdataset", "webdataset"], "names a reader twice"),
+        (["--against", "webdataset", "webdataset"], "webdataset is given twice"),
         (["--against"], "--against needs a value"),
         (["--out"], "--out needs a value"),
         (["--round", "3"], "did you mean '--rounds'"),
@@ -89,7 +89,7 @@ def test_other_pictures_are_not_measured_against_others(tmp_path: Path) -> None:
 )
 def test_wrong_words_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(InputError) as refusal:
-        parse(words)
+        bench_data_command(words)
     assert said in str(refusal.value)
 
 

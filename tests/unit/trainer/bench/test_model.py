@@ -15,7 +15,8 @@ from models.design import Stride
 from trainer import cli
 from trainer.bench import record as bench
 from trainer.bench.model import Settings, check, measure, timm_twin
-from trainer.commands.bench import parse
+from trainer.commands import bench as command
+from trainer.commands import words
 
 TINY = Settings("coatnet-nano", True, 4, 32, None, ("fp32", "bf16"), ("none", "selective", "full"), 3)
 
@@ -61,8 +62,11 @@ def test_the_summary_follows_from_the_samples(record: bench.Record) -> None:
 
 
 def test_the_command_of_a_record_measures_the_same(record: bench.Record) -> None:
-    name, options = parse(record.command.removeprefix("coatnet bench model ").split())
-    assert (name, options["--dtype"], options["--recompute"]) == (TINY.name, [*TINY.dtypes], [*TINY.recompute])
+    known = command.KNOWN
+    options = words.options(
+        "coatnet bench model", record.command.removeprefix("coatnet bench model ").split(), known, places=1
+    )
+    assert (*options[""], options["--dtype"], options["--recompute"]) == (TINY.name, [*TINY.dtypes], [*TINY.recompute])
     assert (options["--against"], options["--stride"]) == (["timm"], ["expansion"])
     assert [options[f"--{word}"] for word in ("batch", "resolution", "rounds", "threads")] == [
         ["4"],
