@@ -194,6 +194,7 @@ def made(run: Run, plan: Layout, member: cluster.Member) -> tuple[dict[str, int]
     with Storages() as seen:
 
         def looked(self: Cutter, block: torch.nn.Module) -> None:
+            gc.collect()  # what nobody holds any more but a circle of references is not needed
             peaks["most"] = max(peaks["most"], sum(seen.alive(torch.nn.Module()).values()))
             peaks["block"] = max(
                 peaks["block"], sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
