@@ -28,7 +28,7 @@ from slurm.spawn import Allocation, SlurmStep, Step, said
 
 POLL = 1.0  # seconds between two looks at what was asked and at the clock; an end is noticed at once
 INSIST = 3.0  # seconds after the first request from which on Ctrl-C again means: at once
-DUMP = 3.0  # seconds the ranks have to write their stacks
+DUMP, DUMP_AT_MOST = 3.0, 9.0  # seconds the ranks have to write their stacks; where one is not there yet
 LOOK = 5.0  # seconds between two readings of the nodes' signs of life
 AGAIN = 10.0  # seconds until ranks that were asked to stop are asked once more
 LAST = 300  # seconds to wait for the end that a requeue brings: who exits first may count as completed
@@ -162,8 +162,13 @@ class Supervisor:
         """Have all ranks write where they are, and say who hangs."""
         before = logs.sizes(step.logs)
         step.signal(signal.SIGUSR1)
+        asked = time.monotonic()
         _sleep(DUMP)
-        hang = stacks.culprit(logs.added(step.logs, before), dict(enumerate(self._host_of_ranks(hosts))))
+        said = logs.added(step.logs, before)
+        while time.monotonic() - asked < DUMP_AT_MOST and not all(stacks.read(text).frames for text in said.values()):
+            _sleep(1.0)
+            said = logs.added(step.logs, before)
+        hang = stacks.culprit(said, dict(enumerate(self._host_of_ranks(hosts))))
         self.event("hung", why=why, ranks=hang.ranks, collectives=hang.collectives, named=hang.text)
         self.say(f"{why}: {hang.text}")
 

@@ -86,6 +86,7 @@ def train(run: Run, stop: StopFlag) -> int:
 
 def prepare(run: Run, member: cluster.Member, clock: goodput.Clock, beats: pulse.Pulse) -> Session:
     """Open the data, find where to go on, build the network and its engine, restore or initialise."""
+    disk.keep_no_memory(run)
     deepspeed_shims.imported()  # first, so that what libraries take of the memory is known apart
     base = resident_bytes(member.device)
     folder, plan, dataset = run_folder(run), layout(run, member.world), open_data(run)

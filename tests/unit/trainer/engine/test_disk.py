@@ -1,5 +1,7 @@
 """State on a disk: what is missing is named before a run starts, averages lie in files, all is deleted at the end."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from configs.schema import Parallel, Run
 from trainer.commands.train import check_before_start
 from trainer.engine import disk
 from trainer.engine.deepspeed_config import Weights, deepspeed_config, folder, weights
+from trainer.launch import rank_environment, with_rooms
 from trainer.plan import layout
 
 
@@ -99,3 +102,25 @@ def test_without_offload_the_json_has_no_such_section() -> None:
     config = deepspeed_config(Run(), layout(Run(), 1), Weights(10**6, 10**5))
     assert "aio" not in config
     assert not [name for name in config["zero_optimization"] if name.startswith("offload")]
+
+
+HOLDS = """
+import os, sys
+from configs import resolve
+from trainer.engine import disk
+disk.keep_no_memory(resolve.from_json(sys.argv[1]))
+pieces = [bytearray(b"x") * (1 << 20) for _ in range(100)]
+del pieces
+print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+"""
+
+
+def test_only_such_a_run_gives_its_memory_back() -> None:
+    """Under the thresholds that ranks on a CPU are started with."""
+    environment = rank_environment(1, 1, True, with_rooms())
+    held = []
+    for offload in ("nvme", "none"):
+        run = Run(recipe="r", parallel=Parallel(offload=offload, offload_path="/local"))  # type: ignore[arg-type]
+        words = [sys.executable, "-c", HOLDS, resolve.to_json(run)]
+        held.append(int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout))
+    assert held[1] - held[0] > 80 << 20, held
