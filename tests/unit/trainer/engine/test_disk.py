@@ -120,7 +120,7 @@ def test_only_such_a_run_gives_its_memory_back() -> None:
     environment = rank_environment(1, 1, True, with_rooms())
     held = []
     for offload in ("nvme", "none"):
-        run = Run(recipe="r", parallel=Parallel(offload=offload, offload_path="/local"))  # type: ignore[arg-type]
+        run = Run(recipe="r", parallel=Parallel(offload=offload, offload_path="/local"))
         words = [sys.executable, "-c", HOLDS, resolve.to_json(run)]
         held.append(int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout))
     assert held[1] - held[0] > 80 << 20, held
