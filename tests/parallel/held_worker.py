@@ -181,6 +181,7 @@ def held(case: dict[str, Any], base: cluster.Member) -> dict[str, Any]:
         "peaks": peaks,
         "estimate": vars(estimate),
         "inside": inside(run, member.stage),
+        "loaded": plan.accumulation * plan.micro_batch * 3 * run.model.resolution**2,  # here no loader holds pictures
     }
 
 

@@ -52,7 +52,7 @@ def test_a_rank_holds_what_was_foretold(tmp_path: Path) -> None:
     for score in planned.scores(cell, ranks, planned.assumed()):
         wrong = score.wrong()
         assert abs(wrong["states"]) <= BOUNDS["states"]
-        assert abs(wrong["saved"]) <= 0.08  # beside so small a network the pictures as they were loaded count
+        assert abs(wrong["saved"]) <= BOUNDS["saved"]
         assert score.foretold["seconds"] > 0
     for rank in ranks:
         assert len(rank["steps"]) == 5

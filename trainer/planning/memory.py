@@ -200,7 +200,9 @@ def _activations(run: Run, plan: Layout, anatomy: Anatomy, ends: tuple[int, ...]
     # All but one keep their inputs only where the stage is made again.
     again = partition.remakes(run) and number < len(ends) - 1
     held = kept.saved + (flying - 1) * (kept.entering if again else kept.saved)
-    return held + kept.inside + _travelling(run, plan, kept)
+    # The pictures of a whole step, a byte a channel, as they were loaded; every stage of a pipeline loads them.
+    loaded = plan.accumulation * plan.micro_batch * 3 * run.model.resolution**2
+    return held + kept.inside + loaded + _travelling(run, plan, kept)
 
 
 def _travelling(run: Run, plan: Layout, kept: Bytes) -> int:
