@@ -58,6 +58,7 @@ class Pulse:
         self._moves = self._steps = 0
         self._waits, self._since = False, time.monotonic()
         self._times: deque[float] = deque(maxlen=KEPT)
+        self._warm = 0.0
         self._told: dict[str, Any] = {}
 
     @property
@@ -70,14 +71,16 @@ class Pulse:
 
     @property
     def longest(self) -> float:
-        """Seconds of the 99th percentile step; 0 before there was one."""
+        """Seconds of the 99th percentile step, at first of the last one that compiled and tuned; 0 before any."""
         times = sorted(self._times)
-        return times[math.ceil(0.99 * len(times)) - 1] if times else 0.0
+        return times[math.ceil(0.99 * len(times)) - 1] if times else self._warm
 
     def step(self) -> int:
         """A step is done; how many there were in this attempt."""
         if self._steps >= WARM:
             self._times.append(self._clock.took)
+        else:  # the step behind it may take as long, and nothing else is known of it
+            self._warm = self._clock.took
         self._moves += 1
         self._steps += 1
         return self._steps

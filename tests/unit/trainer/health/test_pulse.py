@@ -31,7 +31,7 @@ def test_steps_are_told_as_the_supervisor_reads_them(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.steps(30.0)
     scene.pulse.tell()
-    assert beat.scan(tmp_path)["n1"] == beat.Beat("n1", 1, 1, "start", 0.0)
+    assert beat.scan(tmp_path)["n1"] == beat.Beat("n1", 1, 1, "start", 30.0)
     scene.steps(9.0, *[1.0] * 98, 2.0, 1.0)
     scene.pulse.tell()
     assert beat.scan(tmp_path)["n1"] == beat.Beat("n1", 102, 102, "train", 1.0)  # one in a hundred took longer
@@ -41,6 +41,15 @@ def test_steps_are_told_as_the_supervisor_reads_them(tmp_path: Path) -> None:
     assert beat.scan(tmp_path)["n1"].longest == 2.0
     after = (tmp_path / "n1.json").stat()
     assert (after.st_ino, after.st_size) == (file.st_ino, file.st_size)
+
+
+def test_a_run_of_long_steps_is_not_taken_to_hang_in_its_third(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.steps(120.0, 80.0)
+    scene.pulse.tell()
+    found = beat.scan(tmp_path)["n1"]
+    assert (found.phase, found.longest) == ("train", 80.0)
+    assert beat.Watch(tmp_path, 900.0, beat.LEAST, 900.0)._limit([found]) == beat.FACTOR * 80.0
 
 
 def test_waiting_and_what_is_no_step_have_their_names(tmp_path: Path) -> None:
