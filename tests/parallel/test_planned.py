@@ -14,7 +14,7 @@ RECORD = Path(__file__).parents[1] / "records" / "planner-cpu.json"
 
 @pytest.mark.xfail(
     strict=True,
-    reason="of the last campaign 1 of 76 figures of states, 6 of memory at its peak and 12 of 64 of seconds are outside; "
+    reason="1 of 76 figures of states, 6 of memory at its peak and 12 of 64 of seconds are outside; "
     "its rates were learnt beside other work",
 )
 def test_the_record_keeps_every_bound_over_the_layouts_that_were_promised() -> None:
