@@ -13,6 +13,8 @@ import pytest
 from tests.parallel import parity
 from tests.parallel.parity import POISONED_AT, SHORT, Case, Cell
 
+pytestmark = pytest.mark.timeout(900)  # the first test of it walks all cases
+
 # Cells that others are compared with to the bit: the cover begins with them.
 ZERO0, ZERO3 = Cell(1, 2, 0, "none", "fp32"), Cell(1, 2, 3, "none", "fp32")
 PIPELINE0, PIPELINE2 = Cell(2, 1, 0, "none", "fp32"), Cell(2, 1, 2, "selective", "fp32")

@@ -177,7 +177,7 @@ def test_a_trace_with_a_changed_line_is_refused(folders: dict[tuple[int, int], P
     others = programs[2]
     matching = next(number for number, node in enumerate(others) if len(node) == 2)
     programs[2] = [*others[:matching], *((part,) for part in others[matching]), *others[matching + 1 :]]
-    with pytest.raises(trace.TraceError, match=r"rank 0 waits in send .*trainer/pipeline\.py:\d+"):
+    with pytest.raises(trace.TraceError, match=r"rank 0 waits in send .*stages/pipeline\.py:\d+"):
         trace.check(programs)
 
 
