@@ -124,6 +124,7 @@ class Pulse:
 
 def listen() -> None:
     """From now on SIGUSR1 writes all threads' stacks to standard error, and Python hears of it as well."""
+    faulthandler.unregister(signal.SIGUSR1)  # of `slurm.rank`: registered twice it would not come before ours again
     signal.signal(signal.SIGUSR1, _heard)
     with contextlib.suppress(ValueError, OSError):  # standard error is no file: in a notebook, in a test
         faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)

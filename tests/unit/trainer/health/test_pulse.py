@@ -1,5 +1,7 @@
 """What a rank tells the supervisor is what the supervisor reads."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from slurm import beat
 from trainer.health import pulse
 from trainer.health.goodput import NS, Clock
 from trainer.health.pulse import Pulse
+from trainer.launch import with_rooms
 
 
 class Scene:
@@ -90,3 +93,12 @@ def test_nobody_listens(tmp_path: Path) -> None:
     quiet.tell()
     assert list(quiet.over([1, 2])) == [1, 2]
     assert quiet.longest == 0.0
+
+
+def test_stacks_are_written_where_the_launcher_had_asked_for_them_already() -> None:
+    """As `slurm.rank` does before the rank's own code begins."""
+    code = "import faulthandler, os, signal\nfaulthandler.register(signal.SIGUSR1, all_threads=True)\n"
+    code += "from trainer.health import pulse\npulse.listen()\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+    done = subprocess.run([sys.executable, "-c", code], env=with_rooms(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "(most recent call first)" in done.stderr
