@@ -1,5 +1,6 @@
 """Real answers of real processes name the rank that hangs and the collective that the others wait in."""
 
+import json
 import os
 import signal
 import subprocess
@@ -90,6 +91,15 @@ def test_a_rank_without_a_stack_is_named() -> None:
     assert found.ranks == (1,)
     assert found.text == "rank 1 gave no stack; 1 of 2 ranks wait in barrier"
     assert culprit({}).text == "no rank gave a stack"
+
+
+def test_who_holds_pythons_lock_inside_a_collective_is_named() -> None:
+    inside = 'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in stuck\n'
+    inside += '  File "torch/distributed/c.py", line 3 in reduce_scatter\n'
+    pending = {"group": "0", "number": 5, "name": "gloo:all_reduce", "sizes": [[]], "types": ["Double"], "over": False}
+    found = culprit({0: inside, 1: f"collectives: {json.dumps([pending])}"})
+    assert found.ranks == (0,)
+    assert "rank 0 hangs in x.py:1 stuck" in found.text
 
 
 def test_where_all_wait_the_one_behind_is_named() -> None:
