@@ -120,9 +120,9 @@ def culprit(dumps: dict[int, str], hosts: dict[int, str] | None = None) -> Hang:
         hosts: of the ranks, to name them.
     """
     answers = {rank: read(text) for rank, text in sorted(dumps.items())}
-    told = any(answer.pending for answer in answers.values())
+    telling = any(answer.pending for answer in answers.values())
     # Where others tell of operations, who tells of none holds Python's lock, whatever it was at: waiting gives it back.
-    waiting = [rank for rank, answer in answers.items() if answer.waits and not (told and answer.pending is None)]
+    waiting = [rank for rank, answer in answers.items() if answer.waits and not (telling and answer.pending is None)]
     others = [rank for rank in answers if rank not in waiting]
     others = others or _behind(answers)
     named = {rank: f"rank {rank}{f' on {hosts[rank]}' if hosts and rank in hosts else ''}" for rank in answers}
