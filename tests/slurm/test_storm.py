@@ -8,7 +8,7 @@ from tests.slurm.conftest import Make, equal
 from tests.slurm.runs import Tiny
 from tests.slurm.strike.sitecustomize import HANG_IN_C, RAISE
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]  # three minutes; with `make slow-slurm`
 
 
 def test_a_run_survives_what_happens_to_it(tiny: Make, undisturbed: Callable[..., Tiny]) -> None:
