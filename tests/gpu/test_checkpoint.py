@@ -4,33 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from configs.schema import Checkpoint
 from data_pipeline.building import demo
 from trainer.cluster import Member
 from trainer.engine.deepspeed_fragments import Fragment
-from trainer.launch import free_port
 from trainer.state import checkpoint
 from trainer.state.saver import Saver
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 SIZE = 3_000_001
-
-
-@pytest.fixture(scope="module")
-def member() -> Iterator[Member]:
-    """A run of one rank on the first GPU."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    yield Member(0, 1, 0, torch.device("cuda", 0), group)
-    dist.destroy_process_group()
 
 
 def state(device: str, fill: float) -> tuple[list[Fragment], dict[str, torch.Tensor]]:

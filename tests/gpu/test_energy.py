@@ -1,30 +1,17 @@
 """NVML's counter of a GPU's energy while it works and while it rests."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from trainer.cluster import Member
 from trainer.cost.energy import EnergyMeter, board_of
-from trainer.launch import free_port
 from trainer.machine import watch as machine
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("pynvml", reason="the package nvidia-ml-py is not installed: energy is then an estimate")
-
-
-@pytest.fixture(scope="module")
-def member() -> Iterator[Member]:
-    """A run of one rank on the first GPU."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    yield Member(0, 1, 0, torch.device("cuda", 0), group)
-    dist.destroy_process_group()
 
 
 def spent(meter: EnergyMeter, seconds: float, work: bool) -> float:

@@ -12,27 +12,24 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from configs import resolve
 from data_pipeline.batch import Batch
 from data_pipeline.stream import train_loader
+from tests.parallel import cases
 from tests.parallel.parity_worker import number_from_zero
 from trainer import cluster, train
 from trainer.health.stopping import StopFlag
 from trainer.tracking.track import run_folder
 
-Case = dict[str, Any]
 
-
-def walked(case: Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
+def walked(case: cases.Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
     """One run: its exit code, and the (global index, key) of the samples that this rank took, in order."""
     run = resolve.from_json(json.dumps(case["run"]))
     folder = run_folder(run)
@@ -62,17 +59,5 @@ def walked(case: Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
     return {"code": code, "taken": taken}
 
 
-def main(cases_file: str, out_file: str) -> None:
-    """Walk every case and let each rank write what it took."""
-    cases: dict[str, Case] = json.loads(Path(cases_file).read_text())
-    first = resolve.from_json(json.dumps(next(iter(cases.values()))["run"]))
-    stop = StopFlag()
-    member = cluster.join(replace(first, parallel=replace(first.parallel, pipeline=1)))
-    torch.set_num_threads(1)
-    answers = {name: walked(case, member, stop) for name, case in cases.items()}
-    Path(f"{out_file}.{member.rank}").write_text(json.dumps(answers))
-    cluster.leave()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cases.walk(sys.argv[1], sys.argv[2], walked)

@@ -1,6 +1,6 @@
 """One rank that trains several runs, one after the other, with something wrong put into each.
 
-    python -m guard_worker CASES.json OUT        (RANK, WORLD_SIZE, MASTER_* set; the folder on PYTHONPATH)
+    python -m tests.parallel.guard_worker CASES.json OUT        (RANK, WORLD_SIZE, MASTER_* set)
 
 The whole road is walked, as `coatnet train` does; only the process group is kept from one run to the next.
 """
@@ -9,22 +9,17 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from configs import resolve
+from tests.parallel import cases
 from trainer import cluster, train
 from trainer.health.guard import Guard
 from trainer.health.sabotage import Harm, Saboteur
 from trainer.health.stopping import StopFlag
-
-Case = dict[str, Any]
 
 
 def late(lag: int, make: Callable[..., Guard], *args: Any) -> Guard:
@@ -34,7 +29,7 @@ def late(lag: int, make: Callable[..., Guard], *args: Any) -> Guard:
     return made
 
 
-def trained(case: Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
+def trained(case: cases.Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
     """One run: its exit code, and the global indices of each step."""
     run = resolve.from_json(json.dumps(case["run"]))
     member = cluster.in_mesh(base, run.parallel.pipeline, timedelta(seconds=run.cluster.timeout))
@@ -50,14 +45,7 @@ def trained(case: Case, base: cluster.Member, stop: StopFlag) -> dict[str, Any]:
 
 def main(cases_file: str, out_file: str) -> None:
     """Run every case and let each rank write what it saw. A single case ends with its own code."""
-    cases: dict[str, Case] = json.loads(Path(cases_file).read_text())
-    first = resolve.from_json(json.dumps(next(iter(cases.values()))["run"]))
-    stop = StopFlag()
-    member = cluster.join(replace(first, parallel=replace(first.parallel, pipeline=1)))
-    torch.set_num_threads(1)
-    answers = {name: trained(case, member, stop) for name, case in cases.items()}
-    Path(f"{out_file}.{member.rank}").write_text(json.dumps(answers))
-    cluster.leave()
+    answers = cases.walk(cases_file, out_file, trained)
     if len(answers) == 1:
         sys.exit(next(iter(answers.values()))["code"])
 

@@ -76,13 +76,9 @@ def case(folder: Path, name: str, watch: Guard, **more: Any) -> Case:
 
 def train(folder: Path, cases: dict[str, Case], world: int) -> tuple[int, list[dict[str, Any]]]:
     """Run the cases on so many ranks; the exit code, and what each rank saw."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        (folder / "cases.json").write_text(json.dumps(cases))
-        code = launch(
-            ["guard_worker", str(folder / "cases.json"), str(folder / "out")], world, folder / "logs", free_port(), True
-        )
+    (folder / "cases.json").write_text(json.dumps(cases))
+    words = ["tests.parallel.guard_worker", str(folder / "cases.json"), str(folder / "out")]
+    code = launch(words, world, folder / "logs", free_port(), True, more={"OMP_NUM_THREADS": "1"})
     return code, [json.loads((folder / f"out.{rank}").read_text()) for rank in range(world)]
 
 

@@ -21,12 +21,10 @@ def bench_blocks_command(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="passes of each block; its figure is their median")
     parser.add_argument("--out", type=Path, help="FILE.json for {block: seconds}, which --parallel.balance takes")
     parser.add_argument("--json", action="store_true", help="print {block: seconds}")
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        parser.print_help()
+    parsed = parser.parse_behind_recipe(arguments)
+    if parsed is None:
         return 0
-    if arguments[0].startswith("-"):
-        parser.error("the recipe comes first; `coatnet config list` has them")
-    options, fields = parser.parse_known_args(arguments[1:])
+    options, fields = parsed
     run = resolve_command(arguments[0], fields)
     batch = options.batch if options.batch is not None else run.parallel.micro_batch or UNSAID
     at_least("--batch", batch, 2)  # one sample has no variance

@@ -26,12 +26,10 @@ def bench_step_command(arguments: list[str]) -> int:
     parser.add_argument("--runs-in", type=Path, help="folder for the runs with their profiles; else a temporary one")
     parser.add_argument("--out", type=Path, help="folder for a record")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        parser.print_help()
+    parsed = parser.parse_behind_recipe(arguments)
+    if parsed is None:
         return 0
-    if arguments[0].startswith("-"):
-        parser.error("the recipe comes first; `coatnet config list` has them")
-    options, fields = parser.parse_known_args(arguments[1:])
+    options, fields = parsed
     at_least("--ranks", options.ranks, 0)
     recipes = [resolve_command(arguments[0], [*fields, *words]) for words in _networks(options.also)]
     if options.runs_in is not None and options.runs_in.exists() and any(options.runs_in.iterdir()):

@@ -30,6 +30,19 @@ class Arguments(argparse.ArgumentParser):
         """Raise what argparse would print and exit on."""
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
 
+    def parse_behind_recipe(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]] | None:
+        """The options behind a recipe's name, and the words that set its fields; None: help was asked for and given.
+
+        Raises:
+            InputError: words that do not fit, or no recipe in the first place.
+        """
+        if not argv or "-h" in argv or "--help" in argv:
+            self.print_help()
+            return None
+        if argv[0].startswith("-"):
+            self.error("the recipe comes first; `coatnet config list` has them")
+        return self.parse_known_args(argv[1:])
+
     def parse_strict(self, argv: list[str]) -> argparse.Namespace:
         """The parsed words; an unknown option gets a "did you mean".
 

@@ -43,12 +43,10 @@ def plan_command(arguments: list[str]) -> int:
     parser.add_argument("--roofline", action="store_true", help="what one device could reach, stage by stage")
     parser.add_argument("--svg", type=Path, help="FILE.svg for the curves of a scale study")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        parser.print_help()
+    parsed = parser.parse_behind_recipe(arguments)
+    if parsed is None:
         return 0
-    if arguments[0].startswith("-"):
-        parser.error("the recipe comes first; `coatnet config list` has them")
-    options, fields = parser.parse_known_args(arguments[1:])
+    options, fields = parsed
     run = _priced(resolve_command(arguments[0], fields), options.price)
     at_least("--best", options.best, 1)
     if options.gpus is None:

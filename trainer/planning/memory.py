@@ -200,8 +200,8 @@ def _activations(run: Run, plan: Layout, anatomy: Anatomy, ends: tuple[int, ...]
     # All but one keep their inputs only where the stage is made again.
     again = partition.remakes(run) and number < len(ends) - 1
     held = kept.saved + (flying - 1) * (kept.entering if again else kept.saved)
-    # The pictures of a whole step, a byte a channel, as they were loaded; every stage of a pipeline loads them.
-    loaded = plan.accumulation * plan.micro_batch * 3 * run.model.resolution**2
+    # The pictures of a whole step, a byte a channel, as they were loaded into the host's memory, by every stage.
+    loaded = plan.accumulation * plan.micro_batch * 3 * run.model.resolution**2 if anatomy.kind == "cpu" else 0
     return held + kept.inside + loaded + _travelling(run, plan, kept)
 
 
