@@ -1,14 +1,15 @@
-"""The planner beside the real trainer: rates learnt from three networks, scored on other networks and layouts.
+"""The planner beside the real trainer: rates learnt from some networks, scored on other networks and layouts.
 
-    python tests/benchmarks/planner.py [FOLDER] [--only N]
+    python tests/benchmarks/planner.py [FOLDER] [--only N] [--gpu]
 
-Writes the record `planner-cpu` to FOLDER, tests/records unless it is given. The runs lie in runs/benchmarks/planner
+Writes the record `planner-cpu` to FOLDER, tests/records unless it is given. The runs lie in runs/benchmarks/planner-cpu
 and are not made again while they are there, so that a campaign goes on where it was cut short; --only N stops after N
 new runs. On two cores the whole takes about 25 minutes, one run after the other, and 8 GB of memory.
 
-On a GPU `coatnet bench step` and the reports of runs give the same figures: unmeasured until somebody has one.
+With --gpu the same on the first GPU of this machine, CoAtNet-0 to -7 without a pipeline: `planner-cuda`; 80 GB.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -16,11 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.activations import Device  # noqa: E402
 from tests.parallel import planned  # noqa: E402
 from trainer.bench import record as bench  # noqa: E402
 from trainer.bench import step as bench_step  # noqa: E402
 from trainer.machine import environment  # noqa: E402
-from trainer.planning import beside  # noqa: E402
+from trainer.planning import auto_layout  # noqa: E402
 from trainer.planning.rates import Rates  # noqa: E402
 
 COLUMNS = ("states", "saved", "peak", "seconds")
@@ -37,7 +39,7 @@ def table(found: list[planned.Score]) -> str:
     return "\n".join(rows)
 
 
-def summarise(found: list[planned.Score], speed: Rates) -> dict[str, str]:
+def summarise(found: list[planned.Score], speed: Rates, device: Device) -> dict[str, str]:
     """The worst and the mean error of each figure, over what was not learnt from."""
     lines = {}
     for name in COLUMNS:
@@ -51,17 +53,19 @@ def summarise(found: list[planned.Score], speed: Rates) -> dict[str, str]:
             f"{mean:.1%} off on the average, {wrong[worst]:+.1%} at most ({worst}); {kept} of {len(wrong)} within "
             f"{planned.BOUNDS[name]:.0%}"
         )
-    machines = beside.machines_of("cpu", 2, 2)
-    assert machines is not None
-    return {"cells": str(len({score.cell for score in found})), **lines, **bench_step.shown(speed, machines)}
+    return {
+        "cells": str(len({score.cell for score in found})),
+        **lines,
+        **bench_step.shown(speed, planned.machines(device, planned.LEARNERS[device])),
+    }
 
 
-def main(folder: Path, only: int) -> None:
+def main(folder: Path, only: int, device: Device) -> None:
     """Measure what is missing, score all, write."""
-    runs = ROOT / "runs" / "benchmarks" / "planner"
+    runs = ROOT / "runs" / "benchmarks" / f"planner-{device}"
     began = time.perf_counter()
-    cells = planned.cells()
-    speed = planned.rates_from(planned.learn(runs))
+    cells = planned.cells(device)
+    speed = planned.rates_from(planned.learn(runs, device), device)
     found: list[planned.Score] = []
     quiet = {}
     for cell in cells:
@@ -75,24 +79,27 @@ def main(folder: Path, only: int) -> None:
         found += planned.scores(cell, ranks, speed)
     print(table(found))
     record = bench.Record(
-        name="planner-cpu",
-        command="python tests/benchmarks/planner.py",
-        facts=environment.facts("cpu"),
+        name=f"planner-{device}",
+        command="python tests/benchmarks/planner.py" + (" --gpu" if device == "cuda" else ""),
+        facts=environment.facts(auto_layout.device_name(cells[0].run)),
         config={
-            "columns": COLUMNS, "bounds": planned.BOUNDS, "sizes": planned.SIZES, "learnt from": planned.LEARNT,
+            "columns": COLUMNS, "bounds": planned.BOUNDS, "sizes": planned.SIZES[device],
+            "learnt from": planned.LEARNT[device],
             "rates": vars(speed), "others' share of the machine": quiet,
             "measured": {f"{score.cell.name}, {score.rank}": score.measured for score in found},
             "foretold": {f"{score.cell.name}, {score.rank}": score.foretold for score in found},
         },
         unit="foretold over measured, less one, in the order of config.columns",
         samples={f"{score.cell.name}, {score.rank}": list(score.wrong().values()) for score in found},
-        summary=summarise(found, speed),
+        summary=summarise(found, speed, device),
     )  # fmt: skip
     print(record.write(folder))
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    limit = int(words.pop(words.index("--only") + 1)) if "--only" in words else -1
-    names = [word for word in words if word != "--only"]
-    main(Path(names[0]) if names else ROOT / "tests" / "records", limit)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "tests" / "records")
+    parser.add_argument("--only", type=int, default=-1, metavar="N", help="new runs in this call")
+    parser.add_argument("--gpu", action="store_true")
+    options = parser.parse_args()
+    main(options.folder, options.only, "cuda" if options.gpu else "cpu")

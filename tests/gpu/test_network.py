@@ -58,3 +58,16 @@ def test_backends_agree_in_bf16_at_224() -> None:
             outputs.append(model(images).float())
     scale = outputs[0].abs().max()
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 * scale
+
+
+@pytest.mark.timeout(600)
+def test_compiled_blocks_have_the_same_gradients() -> None:
+    images = torch.randn(16, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    plain, compiled = network("coatnet-nano", 64, "auto", "cuda"), network("coatnet-nano", 64, "auto", "cuda")
+    coatnet.compile_blocks(compiled)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected, found = gradients(plain, images), gradients(compiled, images)
+    assert set(found) == set(expected)
+    apart = [(found[name] - value).norm() / (value.norm() + 1e-3) for name, value in expected.items()]
+    assert max(apart) < 0.1
+    assert sum(apart) / len(apart) < 0.02

@@ -58,11 +58,11 @@ def run_of(case: dict[str, Any]) -> Run:
     )
 
 
-def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Bytes of the distinct storages behind the tensors, by address."""
+def storages(tensors: Iterable[Any], device: str = "cpu") -> dict[int, int]:
+    """Bytes of the distinct storages behind those tensors that are on this kind of device, by address."""
     found = {}
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes():
+        if isinstance(tensor, Tensor) and tensor.device.type == device and tensor.untyped_storage().nbytes():
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
@@ -108,13 +108,13 @@ def parts(engine: Engine) -> dict[str, list[Tensor]]:
 def weighed(engine: Engine) -> dict[str, int]:
     """Bytes of each part; "rest": all that Python reaches beside them and what was there before `gc.freeze`."""
     seen: set[int] = set()
-    found = {}
+    found, kind = {}, engine.member.device.type
     for name, tensors in parts(engine).items():
-        own = {address: size for address, size in storages(tensors).items() if address not in seen}
+        own = {address: size for address, size in storages(tensors, kind).items() if address not in seen}
         found[name] = sum(own.values())
         seen |= own.keys()
     gc.collect()
-    left = storages(thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter))
+    left = storages((thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)), kind)
     found["rest"] = sum(size for address, size in left.items() if address not in seen)
     return found
 

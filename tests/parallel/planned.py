@@ -1,9 +1,10 @@
-"""The planner beside the real trainer on this machine's processor: which layouts, how they are run, how they score.
+"""The planner beside the real trainer on this machine: which layouts, how they are run, how they score.
 
-Rates are learnt from short runs of three networks without recomputation or pipeline (`trainer.bench.step`); what is
-scored are other networks and other layouts, each a real run of two ranks of `trainer.train` (`planned_rank`). Four
-figures of every rank: bytes of its states, bytes of activations saved at the beginning of a backward pass, its size at
-most beside that after imports, and seconds of a step. Of seconds the fastest step counts: other programs only add.
+Rates are learnt from short runs of some networks without recomputation or pipeline (`trainer.bench.step`); what is
+scored are other networks and other layouts, each a real run of `trainer.train` (`planned_rank`), of two ranks or more
+on a processor, of one on a GPU. Four figures of every rank: bytes of its states, bytes of activations saved at the
+beginning of a backward pass, its size at most beside that after imports (on a GPU what torch's allocator took), and
+seconds of a step. Of seconds the fastest step counts: other programs only add.
 """
 
 import json
@@ -16,26 +17,43 @@ from typing import Any, Literal
 
 from configs import resolve
 from configs.schema import Run
-from models.activations import Recompute
+from models.activations import Device, Recompute
 from trainer.bench import step as bench_step
 from trainer.bench.step import Observation
 from trainer.launch import free_port, launch
 from trainer.plan import layout
-from trainer.planning import beside, fit, rates
+from trainer.planning import auto_layout, beside, fit, rates
 from trainer.planning.choose import Planner
+from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
 
 CLASSES = 1000
 # What may be wrong, as a share.
 BOUNDS = {"states": 0.02, "saved": 0.05, "peak": 0.10, "seconds": 0.25}
-SIZES = {
-    "coatnet-nano": (64, 16),
-    "coatnet0": (160, 4),
-    "coatnet1": (160, 4),
-    "coatnet2": (160, 4),
-    "coatnet3": (128, 4),
+SIZES: dict[Device, dict[str, tuple[int, int]]] = {  # resolution, micro-batch
+    "cpu": {
+        "coatnet-nano": (64, 16),
+        "coatnet0": (160, 4),
+        "coatnet1": (160, 4),
+        "coatnet2": (160, 4),
+        "coatnet3": (128, 4),
+    },
+    "cuda": {
+        "coatnet0": (224, 128),
+        "coatnet2": (224, 64),
+        "coatnet3": (224, 64),
+        "coatnet4": (224, 32),
+        "coatnet5": (224, 32),
+        "coatnet6": (224, 16),
+        "coatnet7": (224, 16),
+    },
 }
-LEARNT = ("coatnet-nano", "coatnet0", "coatnet1")  # networks that the rates are learnt from
+# Networks that the rates are learnt from, and ranks that learn.
+LEARNT: dict[Device, tuple[str, ...]] = {
+    "cpu": ("coatnet-nano", "coatnet0", "coatnet1"),
+    "cuda": ("coatnet0", "coatnet3"),
+}
+LEARNERS: dict[Device, int] = {"cpu": 2, "cuda": 1}
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,7 @@ class Cell:
     recompute: Recompute
     pipeline: int = 1
     world: int = 2
+    device: Device = "cpu"
 
     @property
     def name(self) -> str:
@@ -58,34 +77,42 @@ class Cell:
     @property
     def timed(self) -> bool:
         """Whether its seconds mean anything: each rank has a core."""
-        return self.world <= len(os.sched_getaffinity(0))
+        return self.device == "cuda" or self.world <= len(os.sched_getaffinity(0))
 
     @property
     def run(self) -> Run:
         """Its training: two micro-batches a step, with a pipeline four."""
-        _, micro = SIZES[self.model]
-        found = recipe(self.model)
+        _, micro = SIZES[self.device][self.model]
+        found = recipe(self.model, self.device)
         parallel = replace(found.parallel, zero=self.zero, recompute=self.recompute, pipeline=self.pipeline)
         batch = self.world // self.pipeline * micro * (2 if self.pipeline == 1 else 4)
         short = bench_step.training(replace(found, parallel=parallel), self.world, batch, micro)
         return replace(short, profile="", steps=6, tracking=replace(short.tracking, log_every=100))
 
 
-def recipe(model: str) -> Run:
+def recipe(model: str, device: Device) -> Run:
     """A training of a network at the size that it has here."""
-    resolution, micro = SIZES[model]
+    resolution, micro = SIZES[device][model]
     run = resolve.load("coatnet0-in1k-224")
     return replace(
         run,
         model=replace(run.model, name=model, resolution=resolution, drop_path=0.0),
         augment=replace(run.augment, mixup_alpha=0.0),
         parallel=replace(run.parallel, micro_batch=micro),
-        cluster=replace(run.cluster, device="cpu"),
+        cluster=replace(run.cluster, device=device),
     )
 
 
-def cells() -> list[Cell]:
-    """All of them: ZeRO 0 to 3, recomputation three ways, one and two stages, CoAtNet-0 to -3."""
+def cells(device: Device = "cpu") -> list[Cell]:
+    """All of them: ZeRO 0 to 3, recomputation three ways, one and two stages, CoAtNet-0 to -3; on one GPU to -7."""
+    if device == "cuda":
+        single: list[tuple[str, Literal[0, 1, 2, 3], Recompute]] = [
+            ("coatnet0", 0, "full"), ("coatnet2", 0, "none"), ("coatnet2", 1, "selective"),
+            ("coatnet2", 3, "full"), ("coatnet3", 1, "none"), ("coatnet3", 2, "selective"),
+            ("coatnet4", 0, "none"), ("coatnet4", 3, "selective"), ("coatnet5", 0, "selective"),
+            ("coatnet5", 1, "full"), ("coatnet6", 0, "selective"), ("coatnet7", 0, "full"),
+        ]  # fmt: skip
+        return [Cell(model, zero, kind, world=1, device="cuda") for model, zero, kind in single]
     zeros: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     kinds: tuple[Recompute, ...] = ("none", "selective", "full")
     found = [Cell("coatnet0", zero, kind) for zero in zeros for kind in kinds]
@@ -105,31 +132,42 @@ def cells() -> list[Cell]:
     return found + [Cell("coatnet0", zero, "full", 2, 4) for zero in (1, 2, 3)]
 
 
-def learn(folder: Path) -> list[Observation]:
+def learn(folder: Path, device: Device = "cpu") -> list[Observation]:
     """The runs behind the rates; those that are there already are read."""
-    found = []
-    for model in LEARNT:
-        for number, run in enumerate(bench_step.variants(recipe(model), 2)):
+    found, ranks = [], LEARNERS[device]
+    for model in LEARNT[device]:
+        for number, run in enumerate(bench_step.variants(recipe(model, device), ranks)):
             place = folder / f"learn-{model}-{number}"
-            if not (place / "profile" / "rank-00001.json").exists():
-                bench_step.observe(run, 2, place)
+            if not (place / "profile" / f"rank-{ranks - 1:05d}.json").exists():
+                bench_step.observe(run, ranks, place)
                 print(place.name, flush=True)
             found.append(bench_step.observed(place))
     return found
 
 
-def assumed() -> Rates:
-    """What is assumed of this processor."""
-    machines = beside.machines_of("cpu", 2, 2)
-    assert machines is not None
-    return rates.assumed(machines.device, "bf16", "eager", 2, "auto", machines.nic)
+def machines(device: Device, world: int) -> Machines:
+    """This machine as the planner knows it.
+
+    Raises:
+        RuntimeError: it has a GPU that the planner's table does not.
+    """
+    name = auto_layout.device_name(recipe(LEARNT[device][0], device))
+    found = beside.machines_of(name, world, world)
+    if found is None:
+        raise RuntimeError(f"{name} is not in the planner's table")
+    return found
 
 
-def rates_from(observed: Sequence[Observation]) -> Rates:
-    """The rates of this processor."""
-    machines = beside.machines_of("cpu", 2, 2)
-    assert machines is not None
-    return bench_step.fitted(observed, machines, assumed(), "eager")
+def assumed(device: Device = "cpu") -> Rates:
+    """What is assumed of this machine's devices."""
+    ranks = LEARNERS[device]
+    here = machines(device, ranks)
+    return rates.assumed(here.device, "bf16", "eager", ranks if here.device.on_host else 0, "auto", here.nic)
+
+
+def rates_from(observed: Sequence[Observation], device: Device = "cpu") -> Rates:
+    """The rates of this machine's devices."""
+    return bench_step.fitted(observed, machines(device, LEARNERS[device]), assumed(device), "eager")
 
 
 def measure(cell: Cell, folder: Path) -> list[dict[str, Any]]:
@@ -145,7 +183,7 @@ def measure(cell: Cell, folder: Path) -> list[dict[str, Any]]:
         place.mkdir(parents=True, exist_ok=True)
         (place / "run.json").write_text(resolve.to_json(run) + "\n")
         words = ["tests.parallel.planned_rank", str(place / "run.json")]
-        code = launch(words, cell.world, place / "logs", free_port(), True)
+        code = launch(words, cell.world, place / "logs", free_port(), cell.device == "cpu")
         if code:
             raise RuntimeError(f"{cell.name} ended with {code}; see {place / 'logs'}")
         print(cell.name, flush=True)
@@ -173,9 +211,7 @@ class Score:
 def scores(cell: Cell, ranks: Sequence[dict[str, Any]], speed: Rates) -> Iterator[Score]:
     """One for each rank."""
     run, plan = cell.run, layout(cell.run, cell.world)
-    machines = beside.machines_of("cpu", cell.world, cell.world)
-    assert machines is not None
-    planner = Planner(run, CLASSES, machines, {"eager": speed})
+    planner = Planner(run, CLASSES, machines(cell.device, cell.world), {"eager": speed})
     seconds = planner.seconds(run.parallel, plan).total
     fastest = min(step["wall"] for step in ranks[0]["steps"][1:])
     for rank in ranks:
@@ -184,7 +220,7 @@ def scores(cell: Cell, ranks: Sequence[dict[str, Any]], speed: Rates) -> Iterato
         measured = {
             "states": float(rank["states"] + rank["gradients"]),
             "saved": float(rank["peaks"]["activations"] + whole),
-            "peak": float(max(size["VmHWM"] for size in rank["sizes"]) - rank["base"]["VmRSS"]),
+            "peak": float(max(size["most"] for size in rank["sizes"]) - rank["base"]["now"]),
         }
         inside = planner.anatomy.inside(run, plan, rank["stage"])
         foretold = {

@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["DS_ACCELERATOR"] = "cpu"
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed  # noqa: F401  # before anything is measured: libraries are not what is planned
 from torch import Tensor
@@ -26,10 +29,20 @@ from trainer.bench.held_bytes import Storages
 KEPT = ("weights", "master", "moments", "average")
 
 
-def sizes() -> dict[str, int]:
-    """Bytes of this process: resident now, at most so far, and of those now what comes from files."""
+def sizes(device: str) -> dict[str, int]:
+    """Bytes of this process, now and at most so far: resident, of which some come from files; on a GPU of torch's.
+
+    There "used" is all that the GPU has given away, the context of CUDA and kernels' code included.
+    """
+    if device == "cuda":
+        free, whole = torch.cuda.mem_get_info()
+        return {
+            "now": torch.cuda.memory_reserved(), "most": torch.cuda.max_memory_reserved(),
+            "allocated": torch.cuda.max_memory_allocated(), "used": whole - free,
+        }  # fmt: skip
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile")}
+    names = {"now": "VmRSS", "most": "VmHWM", "files": "RssFile"}
+    return {name: int(lines[line].split()[0]) * 1024 for name, line in names.items()}
 
 
 def busy_machine() -> tuple[float, float]:
@@ -48,7 +61,8 @@ class Watch:
         self._last = int(content["steps"])
         self._out = path.parent
         self._step: Any = train.__dict__["train_step"]
-        self.base = sizes()
+        self._device = content["cluster"]["device"]
+        self.base = sizes(self._device)
         self.steps: list[dict[str, float]] = []
         self.sizes: list[dict[str, int]] = []
 
@@ -67,7 +81,7 @@ class Watch:
         }  # fmt: skip
         after, lost = busy_machine()
         self.steps.append({**took, "machine": after - machine, "stolen": lost - stolen})
-        self.sizes.append(sizes())
+        self.sizes.append(sizes(self._device))
         return result
 
     def _weigh(self, engine: Any, arguments: tuple[Any, ...]) -> Any:
@@ -75,12 +89,13 @@ class Watch:
         between = held_worker.weighed(engine)
         peaks = {"whole": 0, "gradients": 0, "activations": 0}
         backward = engine._backward
-        with Storages() as seen:
+        kind = engine.member.device.type
+        with Storages(kind) as seen:
 
             def watched(loss: Tensor) -> None:
                 state = held_worker.parts(engine)
                 alive = seen.alive(engine.model, (tensor for own in state.values() for tensor in own))
-                now = {name: sum(held_worker.storages(state[name]).values()) for name in ("whole", "gradients")}
+                now = {name: sum(held_worker.storages(state[name], kind).values()) for name in ("whole", "gradients")}
                 for name, size in (now | {"activations": sum(alive.values())}).items():
                     peaks[name] = max(peaks[name], size)
                 backward(loss)

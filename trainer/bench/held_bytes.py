@@ -24,12 +24,16 @@ _weak: Callable[[torch.UntypedStorage], Any] = StorageWeakRef  # torch gives it 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation returns while this is entered.
 
+    Args:
+        device: the kind of device whose storages count; "": all.
+
     Attributes:
         owner: the block at work, under which new storages are noted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
         self.owner = ""
         self._seen: dict[int, tuple[Any, int, str]] = {}
 
@@ -45,7 +49,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, tensor: Tensor) -> None:
         """Follow the storage of `tensor`, unless it is followed already, or is no memory at all."""
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" or self._device not in ("", tensor.device.type):
             return
         storage = tensor.untyped_storage()
         # The weak reference keeps the address from being used again.

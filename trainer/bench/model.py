@@ -27,6 +27,7 @@ from trainer.machine import devices, environment
 CLASSES = 1000
 WARMUP = {"cpu": 1, "cuda": 4}  # steps before the first measured one
 STEPS = {"cpu": 1, "cuda": 4}  # measured together
+COMPILED = "compiled"
 PATIENT_BATCH = 16  # below it torch sends fp32 1x1 convolutions on one CPU thread down a slow road, timm's above all
 
 
@@ -37,6 +38,7 @@ class Settings:
     Attributes:
         stride: which MBConv convolution down-samples, on both sides; None: the model's own.
         against_timm: measure timm's network too, once for each dtype.
+        compiled: "ours", "timm": whose translation by torch.compile is measured too.
         threads: of torch on a CPU.
     """
 
@@ -47,6 +49,7 @@ class Settings:
     stride: Stride | None = None
     dtypes: tuple[Dtype, ...] = ("bf16",)
     recompute: tuple[Recompute, ...] = ("none",)
+    compiled: tuple[str, ...] = ()
     rounds: int = 7
     threads: int = 1
     device: Device = "cpu"
@@ -66,7 +69,8 @@ class Settings:
     def record_name(self) -> str:
         """Such as model-coatnet0-bf16-expansion."""
         kinds = () if self.recompute == ("none",) else self.recompute
-        return "-".join(["model", self.name, *self.dtypes, self.spec.stride, *kinds])
+        compiled = ["compiled"] if self.compiled else []
+        return "-".join(["model", self.name, *self.dtypes, self.spec.stride, *kinds, *compiled])
 
     @property
     def command(self) -> str:
@@ -74,6 +78,7 @@ class Settings:
         words = ["coatnet bench model", self.name, *(["--against timm"] if self.against_timm else [])]
         words += [f"--batch {self.batch} --resolution {self.resolution} --stride {self.spec.stride}"]
         words += [f"--dtype {' '.join(self.dtypes)} --recompute {' '.join(self.recompute)}"]
+        words += [" ".join(["--compiled", *self.compiled])] if self.compiled else []
         return " ".join([*words, f"--rounds {self.rounds} --threads {self.threads} --device {self.device}"])
 
 
@@ -151,7 +156,7 @@ def measure(settings: Settings) -> bench.Record:
         torch.backends.cudnn.benchmark = True
     try:
         cases = _cases(settings)
-        held = {name: trainee.held() for name, trainee in cases.items() if name.startswith("ours")}
+        held = {name: cases[name].held() for name in counted(settings)}
         samples = bench.alternate({name: trainee.seconds for name, trainee in cases.items()}, settings.rounds)
     finally:
         torch.set_num_threads(threads)
@@ -181,6 +186,8 @@ def check(settings: Settings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device on this machine; nearest valid: cpu")
     if not settings.against_timm:
+        if "timm" in settings.compiled:
+            raise InputError("--compiled timm: timm's network is not measured; add --against timm")
         return
     if timm_names.obstacles(found):
         reasons = "; ".join(timm_names.obstacles(found))
@@ -213,8 +220,14 @@ def _cases(settings: Settings) -> dict[str, Trainee]:
         for kind in settings.recompute:
             found[case_name("ours", dtype, kind)] = Trainee(_ours(settings), dtype, kind, settings)
         if settings.against_timm:
-            twin = timm_twin(_ours(settings)).to(memory_format=torch.channels_last)
-            found[case_name("timm", dtype)] = Trainee(twin, dtype, "none", settings)
+            found[case_name("timm", dtype)] = Trainee(_theirs(settings), dtype, "none", settings)
+        if "ours" in settings.compiled:
+            model = _ours(settings)
+            coatnet.compile_blocks(model)
+            found[case_name("ours", dtype, COMPILED)] = Trainee(model, dtype, "none", settings)
+        if "timm" in settings.compiled:
+            whole: nn.Module = torch.compile(_theirs(settings))  # type: ignore[assignment]
+            found[case_name("timm", dtype, COMPILED)] = Trainee(whole, dtype, "none", settings)
     return found
 
 
@@ -239,7 +252,7 @@ def counted(settings: Settings) -> dict[str, int]:
 
 
 def case_name(who: str, dtype: str, kind: str = "none") -> str:
-    """The name of a case; recomputation is named where there is some."""
+    """The name of a case; recomputation is named where there is some, and so is torch.compile."""
     return f"{who} {dtype}" if kind == "none" else f"{who} {dtype} {kind}"
 
 
@@ -249,6 +262,11 @@ def _ours(settings: Settings) -> coatnet.CoAtNet:
     coatnet.initialise(model, 0, settings.device)
     norm.configure(model, group=settings.batch)
     return model.to(memory_format=torch.channels_last)
+
+
+def _theirs(settings: Settings) -> nn.Module:
+    """timm's network with the same weights."""
+    return timm_twin(_ours(settings)).to(memory_format=torch.channels_last)
 
 
 @contextmanager
@@ -287,6 +305,10 @@ def _summary(
                 f"{ratio:.2f}x (median of {settings.rounds} rounds; of the fastest steps {fastest:.2f}x; losses of "
                 f"{len(losses[ours])} steps within {apart:.1g})"
             )
+        fast, slow = case_name("ours", dtype, COMPILED), case_name("timm", dtype, COMPILED)
+        for name, other in ((fast, ours), (slow, theirs), (fast, theirs), (fast, slow)):
+            if name in samples and other in samples:
+                found[f"{name} beside {other}"] = f"{bench.median_ratio(samples[other], samples[name]):.2f}x the speed"
         for kind in settings.recompute:
             plain, other = case_name("ours", dtype), case_name("ours", dtype, kind)
             if plain not in samples or other == plain:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: coatnet bench model [NAME] [--against timm] [--batch 16] [--resolution 224]
                            [--stride expansion|depthwise] [--dtype bf16 ...] [--recompute none ...]
-                           [--rounds 7] [--threads 1] [--device cpu|cuda] [--out FOLDER] [--json]
+                           [--compiled ours timm] [--rounds 7] [--threads 1] [--device cpu|cuda] [--out FOLDER] [--json]
 
 Times training steps (forward, loss, backward, fused AdamW; channels_last) of NAME, coatnet0 if not given, on one
 made-up batch. Several dtypes and kinds of recomputation are alternated round by round.
@@ -20,6 +20,7 @@ made-up batch. Several dtypes and kinds of recomputation are alternated round by
 --against timm  alternate with timm's network of the same function, the same weights, and the stride in the same place
 --dtype         fp32, bf16 (autocast) or both
 --recompute     none, selective, full: one or more; bytes held for the backward pass are measured for each
+--compiled      ours, timm or both: torch.compile's translation of them too, ours block by block as in training
 --rounds        measured steps of each case; ratios are medians over the rounds
 --threads       of torch on a CPU. With 1 a step is timed by the process's CPU time, else by the clock
 --out FOLDER    write a record there, such as model-coatnet0-bf16-expansion.json
@@ -32,10 +33,12 @@ CHOICES = {
     "--stride": ("expansion", "depthwise"),
     "--dtype": ("fp32", "bf16"),
     "--recompute": ("none", "selective", "full"),
+    "--compiled": ("ours", "timm"),
     "--device": ("cpu", "cuda"),
 }
 LEAST = {"--batch": 2, "--resolution": 32, "--rounds": 1, "--threads": 1}
-KNOWN = dict.fromkeys((*CHOICES, *LEAST, "--out"), 1) | {"--json": 0, "--dtype": words.MANY, "--recompute": words.MANY}
+SEVERAL = ("--dtype", "--recompute", "--compiled")
+KNOWN = dict.fromkeys((*CHOICES, *LEAST, "--out"), 1) | {"--json": 0} | dict.fromkeys(SEVERAL, words.MANY)
 
 
 def bench_command(arguments: list[str]) -> int:
@@ -63,6 +66,7 @@ def bench_command(arguments: list[str]) -> int:
         stride=cast("Stride | None", options.get("--stride", [None])[0]),
         dtypes=cast("tuple[Dtype, ...]", tuple(options.get("--dtype", defaults.dtypes))),
         recompute=cast("tuple[Recompute, ...]", tuple(options.get("--recompute", defaults.recompute))),
+        compiled=tuple(options.get("--compiled", ())),
         device=cast("Device", options.get("--device", [defaults.device])[0]),
         **numbers,
     )

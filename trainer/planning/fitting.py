@@ -138,11 +138,14 @@ def steps(stepped: Sequence[Stepped], kernels_of: Mapping[int, float], start: Ra
     weight = 1 / np.array([one.busy for one in stepped])
     guess = np.array([*start.hooks, *start.copies, *start.settling])
     x = non_negative(matrix * weight[:, None], wanted * weight, guess).tolist()
-    wire, latency = _wire(stepped, start)
-    return replace(
-        start, update=update, hooks=tuple(x[:4]), copies=tuple(x[4:8]), settling=tuple(x[8:]), wire=wire,
-        latency=latency, measured=tuple({*start.measured, "update", "hooks", "copies", "settling", "wire"}),
+    found = replace(
+        start, update=update, hooks=tuple(x[:4]), copies=tuple(x[4:8]), settling=tuple(x[8:]),
+        measured=tuple({*start.measured, "update", "hooks", "copies", "settling"}),
     )  # fmt: skip
+    if all(one.work.share.replicas == 1 for one in stepped):  # nobody sent anything
+        return found
+    wire, latency = _wire(stepped, start)
+    return replace(found, wire=wire, latency=latency, measured=(*found.measured, "wire"))
 
 
 def _wire(stepped: Sequence[Stepped], start: Rates) -> tuple[float, float]:

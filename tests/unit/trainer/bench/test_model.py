@@ -18,7 +18,7 @@ from trainer.bench.model import Settings, check, measure, timm_twin
 from trainer.commands import bench as command
 from trainer.commands import words
 
-TINY = Settings("coatnet-nano", True, 4, 32, None, ("fp32", "bf16"), ("none", "selective", "full"), 3)
+TINY = Settings("coatnet-nano", True, 4, 32, None, ("fp32", "bf16"), ("none", "selective", "full"), rounds=3)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,21 @@ def test_the_command_prints_and_writes_a_record(tmp_path: Path, capsys: pytest.C
     assert replace(TINY, threads=2).in_cpu_time is False
 
 
+def test_translated_networks_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a translator that needs no compiler: the words and the cases, not the speed."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **more: real(model, **(more | {"backend": "aot_eager"})))
+    record = measure(replace(TINY, dtypes=("fp32",), recompute=("none",), rounds=1, compiled=("ours", "timm")))
+    losses = record.config["losses"]
+    assert (
+        record.samples.keys() == losses.keys() == {"ours fp32", "timm fp32", "ours fp32 compiled", "timm fp32 compiled"}
+    )
+    assert losses["ours fp32 compiled"] == pytest.approx(losses["ours fp32"], abs=1e-4)
+    assert losses["timm fp32 compiled"] == pytest.approx(losses["timm fp32"], abs=1e-4)
+    assert "ours fp32 compiled beside timm fp32 compiled" in record.summary
+    assert record.command.endswith("--compiled ours timm --rounds 1 --threads 1 --device cpu")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -114,6 +129,7 @@ def test_the_command_prints_and_writes_a_record(tmp_path: Path, capsys: pytest.C
         ("model --round 3", "did you mean '--rounds'"),
         ("model coatnet0 coatnet1", "unexpected 'coatnet1'"),
         ("model --resolution 100", "nearest valid: 96"),
+        ("model --compiled timm", "add --against timm"),
         ("model coatnet7 --against timm", "timm cannot express coatnet7"),
     ],
 )
