@@ -99,9 +99,9 @@ def small(path: Path, megabytes: float) -> Iterator[None]:
 
 
 def stuff(path: Path) -> Path:
-    """Fill a file system to the last byte; returns the file that does it."""
+    """Fill a file system to the last byte, also what came free since the last call; returns the file that does it."""
     ballast = path / "ballast"
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+    with ballast.open("ab", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"x" * 4096)
     return ballast
