@@ -71,7 +71,7 @@ wheels: $(VENV)/.ready-demo requirements.lock
 gpu-check:
 	@for p in $(BIN)/python "$(PYTHON)" python3 python; do \
 		"$$p" -c 'import torch' >/dev/null 2>&1 || continue; \
-		echo "gpu-check with $$p"; PYTHONPATH="$(CURDIR)" exec "$$p" tests/gpu/check.py; done; \
+		echo "gpu-check with $$p"; PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" exec "$$p" tests/gpu/check.py; done; \
 	echo 'no Python with torch found; say make gpu-check PYTHON=/path/to/python' >&2; exit 1
 
 # .installing marks a pip that has not finished: after a killed one, or without a working pip, .venv is made anew.

@@ -10,19 +10,23 @@ With --gpu the same on the first GPU of this machine, CoAtNet-0 to -7 without a 
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs.schema import Run  # noqa: E402
 from models.activations import Device  # noqa: E402
 from tests.parallel import planned  # noqa: E402
 from trainer.bench import record as bench  # noqa: E402
 from trainer.bench import step as bench_step  # noqa: E402
 from trainer.machine import environment  # noqa: E402
 from trainer.planning import auto_layout  # noqa: E402
+from trainer.planning.machines import Machines  # noqa: E402
 from trainer.planning.rates import Rates  # noqa: E402
 
 COLUMNS = ("states", "saved", "peak", "seconds")
@@ -39,7 +43,7 @@ def table(found: list[planned.Score]) -> str:
     return "\n".join(rows)
 
 
-def summarise(found: list[planned.Score], speed: Rates, device: Device) -> dict[str, str]:
+def summarise(found: list[planned.Score], speed: Rates, machines: Machines) -> dict[str, str]:
     """The worst and the mean error of each figure, over what was not learnt from."""
     lines = {}
     for name in COLUMNS:
@@ -56,8 +60,18 @@ def summarise(found: list[planned.Score], speed: Rates, device: Device) -> dict[
     return {
         "cells": str(len({score.cell for score in found})),
         **lines,
-        **bench_step.shown(speed, planned.machines(device, planned.LEARNERS[device])),
+        **bench_step.shown(speed, machines),
     }
+
+
+def facts_of(runs: Path, run: Run) -> dict[str, Any]:
+    """Facts of the machine that makes, or made, the runs."""
+    path = runs / "facts.json"
+    if not path.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(environment.facts(auto_layout.device_name(run)), indent=1) + "\n")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def main(folder: Path, only: int, device: Device) -> None:
@@ -65,7 +79,8 @@ def main(folder: Path, only: int, device: Device) -> None:
     runs = ROOT / "runs" / "benchmarks" / f"planner-{device}"
     began = time.perf_counter()
     cells = planned.cells(device)
-    speed = planned.rates_from(planned.learn(runs, device), device)
+    facts = facts_of(runs, cells[0].run)
+    speed = planned.rates_from(planned.learn(runs, device), facts["device"])
     found: list[planned.Score] = []
     quiet = {}
     for cell in cells:
@@ -76,12 +91,12 @@ def main(folder: Path, only: int, device: Device) -> None:
         only -= fresh
         ranks = planned.measure(cell, runs)
         quiet[cell.name] = planned.disturbed(ranks)
-        found += planned.scores(cell, ranks, speed)
+        found += planned.scores(cell, ranks, speed, facts["device"])
     print(table(found))
     record = bench.Record(
         name=f"planner-{device}",
         command="python tests/benchmarks/planner.py" + (" --gpu" if device == "cuda" else ""),
-        facts=environment.facts(auto_layout.device_name(cells[0].run)),
+        facts=facts,
         config={
             "columns": COLUMNS, "bounds": planned.BOUNDS, "sizes": planned.SIZES[device],
             "learnt from": planned.LEARNT[device],
@@ -91,7 +106,7 @@ def main(folder: Path, only: int, device: Device) -> None:
         },
         unit="foretold over measured, less one, in the order of config.columns",
         samples={f"{score.cell.name}, {score.rank}": list(score.wrong().values()) for score in found},
-        summary=summarise(found, speed, device),
+        summary=summarise(found, speed, planned.machines(facts["device"], planned.LEARNERS[device])),
     )  # fmt: skip
     print(record.write(folder))
 

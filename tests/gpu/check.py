@@ -21,7 +21,7 @@ from trainer.bench import record as bench  # noqa: E402
 from trainer.machine import environment  # noqa: E402
 
 MODELS = {"coatnet0": 128, "coatnet3": 64, "coatnet5": 32}  # name: images per step
-COMPILED = ("coatnet0", "coatnet3")  # translating takes a minute each
+COMPILED = ("coatnet3",)  # translating takes a minute
 ROUNDS = 7
 # Files of tests that may share the GPU, several at once where pytest-xdist is there; the others measure.
 TOGETHER, ALONE = ("test_checkpoint.py", "test_network.py", "test_road.py"), ("test_doctor.py", "test_energy.py")

@@ -1,7 +1,6 @@
 """State that goes from a GPU to the disk and back, or to a CPU: to the bit, and while the GPU goes on computing."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +77,7 @@ def test_a_run_goes_on_on_the_other_kind_of_device(first: str, then: str, tmp_pa
             ]
             words += ["--tracking.no-mlflow", "--tracking.log-every", "1", "--data.workers", "0"]
             command = [sys.executable, "-m", "trainer.cli", "train", *words]
-            subprocess.run(command, cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)}, check=True)
+            subprocess.run(command, cwd=repository, check=True)
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         rows[name] = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     assert list(rows["changed"]) == list(range(1, 17))

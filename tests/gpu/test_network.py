@@ -61,13 +61,16 @@ def test_backends_agree_in_bf16_at_224() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_compiled_blocks_have_the_same_gradients() -> None:
+def test_compiled_blocks_are_as_near_to_fp32() -> None:
+    """In bf16 the gradients of compiled blocks are not farther from fp32's than those of plain blocks."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     images = torch.randn(16, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
-    plain, compiled = network("coatnet-nano", 64, "auto", "cuda"), network("coatnet-nano", 64, "auto", "cuda")
+    exact, plain, compiled = (network("coatnet-nano", 64, "auto", "cuda") for _ in range(3))
     coatnet.compile_blocks(compiled)
+    expected = gradients(exact, images)
     with torch.autocast("cuda", torch.bfloat16):
-        expected, found = gradients(plain, images), gradients(compiled, images)
-    assert set(found) == set(expected)
-    apart = [(found[name] - value).norm() / (value.norm() + 1e-3) for name, value in expected.items()]
-    assert max(apart) < 0.1
-    assert sum(apart) / len(apart) < 0.02
+        found = gradients(plain, images), gradients(compiled, images)
+    assert set(found[0]) == set(found[1]) == set(expected)
+    wrong = [sum(float((one[name] - value).square().sum()) for name, value in expected.items()) for one in found]
+    whole = sum(float(value.square().sum()) for value in expected.values())
+    assert 0 < wrong[1] < 2 * wrong[0] < 0.1 * whole

@@ -22,7 +22,7 @@ from trainer.bench import step as bench_step
 from trainer.bench.step import Observation
 from trainer.launch import free_port, launch
 from trainer.plan import layout
-from trainer.planning import auto_layout, beside, fit, rates
+from trainer.planning import beside, fit, rates
 from trainer.planning.choose import Planner
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
@@ -145,29 +145,30 @@ def learn(folder: Path, device: Device = "cpu") -> list[Observation]:
     return found
 
 
-def machines(device: Device, world: int) -> Machines:
-    """This machine as the planner knows it.
+def machines(name: str, world: int) -> Machines:
+    """A machine as the planner knows it.
+
+    Args:
+        name: what its devices call themselves, or "cpu".
 
     Raises:
-        RuntimeError: it has a GPU that the planner's table does not.
+        RuntimeError: a GPU that is not in the planner's table.
     """
-    name = auto_layout.device_name(recipe(LEARNT[device][0], device))
     found = beside.machines_of(name, world, world)
     if found is None:
         raise RuntimeError(f"{name} is not in the planner's table")
     return found
 
 
-def assumed(device: Device = "cpu") -> Rates:
-    """What is assumed of this machine's devices."""
-    ranks = LEARNERS[device]
-    here = machines(device, ranks)
-    return rates.assumed(here.device, "bf16", "eager", ranks if here.device.on_host else 0, "auto", here.nic)
+def assumed(name: str = "cpu") -> Rates:
+    """What is assumed of a machine's devices."""
+    here = machines(name, LEARNERS["cpu" if name == "cpu" else "cuda"])
+    return rates.assumed(here.device, "bf16", "eager", here.devices if here.device.on_host else 0, "auto", here.nic)
 
 
-def rates_from(observed: Sequence[Observation], device: Device = "cpu") -> Rates:
-    """The rates of this machine's devices."""
-    return bench_step.fitted(observed, machines(device, LEARNERS[device]), assumed(device), "eager")
+def rates_from(observed: Sequence[Observation], name: str = "cpu") -> Rates:
+    """The rates of the machine that made these runs."""
+    return bench_step.fitted(observed, machines(name, len(observed[0].ranks)), assumed(name), "eager")
 
 
 def measure(cell: Cell, folder: Path) -> list[dict[str, Any]]:
@@ -208,10 +209,10 @@ class Score:
         return [name for name, share in self.wrong().items() if abs(share) > BOUNDS[name]]
 
 
-def scores(cell: Cell, ranks: Sequence[dict[str, Any]], speed: Rates) -> Iterator[Score]:
-    """One for each rank."""
+def scores(cell: Cell, ranks: Sequence[dict[str, Any]], speed: Rates, name: str = "cpu") -> Iterator[Score]:
+    """One for each rank of a run on the machine of this name."""
     run, plan = cell.run, layout(cell.run, cell.world)
-    planner = Planner(run, CLASSES, machines(cell.device, cell.world), {"eager": speed})
+    planner = Planner(run, CLASSES, machines(name, cell.world), {"eager": speed})
     seconds = planner.seconds(run.parallel, plan).total
     fastest = min(step["wall"] for step in ranks[0]["steps"][1:])
     for rank in ranks:

@@ -148,14 +148,14 @@ def measure(settings: Settings) -> bench.Record:
         InputError: no such model or resolution, no CUDA device, timm missing or unable to express the network.
     """
     check(settings)
-    threads = torch.get_num_threads()
+    threads, broken = torch.get_num_threads(), dict[str, str]()
     if settings.device == "cpu":
         torch.set_num_threads(settings.threads)
     else:  # as `cluster.join` sets them for training
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     try:
-        cases = _cases(settings)
+        cases = _cases(settings, broken)
         held = {name: cases[name].held() for name in counted(settings)}
         samples = bench.alternate({name: trainee.seconds for name, trainee in cases.items()}, settings.rounds)
     finally:
@@ -170,7 +170,7 @@ def measure(settings: Settings) -> bench.Record:
         | {"stride": settings.spec.stride, "held bytes": held, "counted bytes": counted(settings), "losses": losses},
         unit="seconds of the process's CPU time per step" if settings.in_cpu_time else "seconds per step",
         samples=samples,
-        summary=_summary(settings, samples, held, losses, devices.peak_of(device)),
+        summary=_summary(settings, samples, held, losses, devices.peak_of(device)) | broken,
     )
 
 
@@ -213,8 +213,11 @@ def timm_twin(model: coatnet.CoAtNet) -> nn.Module:
     return twin.to(device)
 
 
-def _cases(settings: Settings) -> dict[str, Trainee]:
-    """Every case by its name, "ours bf16 selective" or "timm bf16", warmed up."""
+def _cases(settings: Settings, broken: dict[str, str]) -> dict[str, Trainee]:
+    """Every case by its name, "ours bf16 selective" or "timm bf16", warmed up.
+
+    Where torch cannot translate timm's network the rest is measured, and `broken` says why.
+    """
     found: dict[str, Trainee] = {}
     for dtype in settings.dtypes:
         for kind in settings.recompute:
@@ -226,8 +229,11 @@ def _cases(settings: Settings) -> dict[str, Trainee]:
             coatnet.compile_blocks(model)
             found[case_name("ours", dtype, COMPILED)] = Trainee(model, dtype, "none", settings)
         if "timm" in settings.compiled:
-            whole: nn.Module = torch.compile(_theirs(settings))  # type: ignore[assignment]
-            found[case_name("timm", dtype, COMPILED)] = Trainee(whole, dtype, "none", settings)
+            name, whole = case_name("timm", dtype, COMPILED), torch.compile(_theirs(settings))
+            try:
+                found[name] = Trainee(whole, dtype, "none", settings)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                broken[name] = f"not measured: {str(error).splitlines()[0]}"
     return found
 
 

@@ -185,6 +185,7 @@ class Stopwatch:
 
     def __init__(self, model: CoAtNet, device: torch.device, compiled: bool) -> None:
         self._passes: list[tuple[Any, Any]] = []
+        self._began: Any = None
         self._cuda = device.type == "cuda"
         self.noise = 0.0005 if self._cuda else 0.005
         for module in timed(model, compiled) if self._cuda else ():
@@ -192,15 +193,17 @@ class Stopwatch:
             module.register_forward_hook(self._end)
 
     def _begin(self, *_: Any) -> None:
-        """A forward pass begins."""
+        """A forward pass begins; recomputation may break it off when it has what it came for."""
         event: Any = torch.cuda.Event
-        marks = (event(enable_timing=True), event(enable_timing=True))
-        marks[0].record()
-        self._passes.append(marks)
+        self._began = event(enable_timing=True)
+        self._began.record()
 
     def _end(self, *_: Any) -> None:
         """It ends."""
-        self._passes[-1][1].record()
+        event: Any = torch.cuda.Event
+        ended = event(enable_timing=True)
+        ended.record()
+        self._passes.append((self._began, ended))
 
     def restart(self) -> None:
         """Forget passes that belong to no step."""
