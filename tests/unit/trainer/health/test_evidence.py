@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from models.coatnet import CoAtNet
 from trainer.cluster import Member
 from trainer.engine import network
 from trainer.engine.engine import Engine
-from trainer.health.evidence import TIMED, timed
+from trainer.engine.recompute import run_block
+from trainer.health.evidence import TIMED, Stopwatch, read, timed
 from trainer.plan import layout
 
 CLASSES = 5
@@ -50,6 +53,39 @@ def test_weights_are_there_when_what_is_timed_begins(member: Member, monkeypatch
         forward(torch.zeros(2, 3, 32, 32))
     assert {module for module, _ in begun} == set(found)
     assert all(size > 0 for _, size in begun)
+
+
+class Mark:
+    """An event of a device that is done at once; like torch's it tells no time that was not recorded."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = None if enable_timing else -1.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: "Mark") -> float:
+        assert self.at is not None
+        assert other.at is not None
+        return (other.at - self.at) * 1000
+
+
+@pytest.mark.parametrize(("kind", "least"), [(None, 1), ("selective", 1), ("full", 2)])
+def test_a_pass_that_recomputation_breaks_off_is_not_timed(
+    kind: Literal["selective", "full"] | None, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    model = coatnet.build(spec.get("coatnet-nano"), resolution=32, classes=CLASSES)
+    coatnet.initialise(model, 0, "cpu")
+    watch = Stopwatch(model, torch.device("cuda"), compiled=False)
+    watch.restart()
+    torch.autograd.backward(model(torch.ones(2, 3, 32, 32), None, kind and run_block(kind)).sum())
+    passes = watch.take(0.0)
+    assert isinstance(passes, list)
+    count = len(timed(model, compiled=False))
+    assert count * least - len(model.flat) <= len(passes) <= 2 * count  # the last map of a block is not made again
+    assert len(passes) >= count
+    assert read(passes) > 0
 
 
 def test_deepspeed_comes_without_mlflow() -> None:
