@@ -134,12 +134,12 @@ def cells(device: Device = "cpu") -> list[Cell]:
 
 def learn(folder: Path, device: Device = "cpu") -> list[Observation]:
     """The runs behind the rates; those that are there already are read."""
-    found, ranks = [], LEARNERS[device]
+    found = []
     for model in LEARNT[device]:
-        for number, run in enumerate(bench_step.variants(recipe(model, device), ranks)):
+        for number, run in enumerate(bench_step.variants(recipe(model, device), LEARNERS[device])):
             place = folder / f"learn-{model}-{number}"
-            if not (place / "profile" / f"rank-{ranks - 1:05d}.json").exists():
-                bench_step.observe(run, ranks, place)
+            if not (place / "profile" / f"rank-{run.cluster.ranks - 1:05d}.json").exists():
+                bench_step.observe(run, place)
                 print(place.name, flush=True)
             found.append(bench_step.observed(place))
     return found

@@ -1,14 +1,15 @@
 """Short real trainings on made-up pictures that tell how fast this machine is: `coatnet bench step`.
 
 Of each recipe nine runs on all devices of this machine: ZeRO 0 to 3, one and two micro-batches a step, and one with
-half the micro-batch. Nothing is recomputed in them and there is no pipeline, so that the planner's other figures (what
-is made again, bubbles) are foretold and not fitted.
+half the micro-batch; on a processor a tenth, of one rank that has the machine to itself. Nothing is recomputed in them
+and there is no pipeline, so that the planner's other figures (what is made again, bubbles) are foretold and not fitted.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, Literal
 
 from configs import resolve
@@ -64,13 +65,15 @@ class Observation:
 
 
 def variants(run: Run, ranks: int) -> Iterator[Run]:
-    """The runs to make of a recipe."""
+    """The runs to make of a recipe; `cluster.ranks` of each says on how many."""
     micro = run.parallel.micro_batch or 16
     for zero in ZERO:
         for accumulation in (1, 2):
             yield _variant(run, ranks, zero, micro, accumulation)
     if micro >= 4:
         yield _variant(run, ranks, 0, micro // 2, 1)
+    if ranks > 1 and fit.kind_of(run) == "cpu":
+        yield _variant(run, 1, 0, micro, 1)
 
 
 def _variant(run: Run, ranks: int, zero: Literal[0, 1, 2, 3], micro: int, accumulation: int) -> Run:
@@ -104,7 +107,7 @@ def training(run: Run, ranks: int, batch: int, group: int) -> Run:
     return changed
 
 
-def observe(run: Run, ranks: int, folder: Path, module: Sequence[str] = ("trainer.train",)) -> Observation:
+def observe(run: Run, folder: Path, module: Sequence[str] = ("trainer.train",)) -> Observation:
     """Train a run of `training` in `folder` and read what it wrote.
 
     Args:
@@ -117,7 +120,7 @@ def observe(run: Run, ranks: int, folder: Path, module: Sequence[str] = ("traine
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(resolve.to_json(run) + "\n")
     on_cpu = fit.kind_of(run) == "cpu"
-    code = launch([*module, str(folder / "run.json")], ranks, folder / "logs", free_port(), on_cpu)
+    code = launch([*module, str(folder / "run.json")], run.cluster.ranks, folder / "logs", free_port(), on_cpu)
     if code:
         raise InputError(f"{folder}: the measuring run ended with {code}; see {folder / 'logs'}")
     return observed(folder)
@@ -132,7 +135,23 @@ def observed(folder: Path) -> Observation:
 
 def fitted(runs: Sequence[Observation], machines: Machines, start: Rates, style: Style) -> Rates:
     """The rates that explain the runs."""
-    return _steps(runs, machines, fitting.kernels(list(_timed(runs, machines, start, style)), start), style)
+    whole = [one for one in runs if len(one.ranks) == machines.devices]
+    rates = _steps(whole, machines, fitting.kernels(list(_timed(whole, machines, start, style)), start), style)
+    single = [one for one in runs if len(one.ranks) < machines.devices]
+    return replace(rates, alone=alone(whole, single), measured=(*rates.measured, "alone")) if single else rates
+
+
+def alone(whole: Sequence[Observation], single: Sequence[Observation]) -> float:
+    """How much faster blocks run in a rank that has the machine to itself, the median over networks; not below 1."""
+
+    def seconds(one: Observation) -> float:
+        return mean(sum(map(sum, rank["blocks"].values())) for rank in one.ranks)
+
+    found = []
+    for one in single:
+        same = [other for other in whole if other.title == one.title]
+        found += [seconds(other) / seconds(one) for other in same]
+    return max(1.0, median(found))
 
 
 def _planner(one: Observation, machines: Machines, rates: Rates, style: Style) -> Planner:
@@ -216,11 +235,12 @@ def learn(recipes: Sequence[Run], ranks: int, folder: Path, command: str, tell: 
     made = []
     for recipe in recipes:
         for number, run in enumerate(variants(recipe, ranks)):
-            made.append(observe(run, ranks, folder / f"{run.model.name}-{number}"))
-            tell(f"{made[-1].title}: {min(made[-1].steps(0, 0)):.3f} s a step")
+            made.append(observe(run, folder / f"{run.model.name}-{number}"))
+            tell(f"{made[-1].title}, {run.cluster.ranks} ranks: {min(made[-1].steps(0, 0)):.3f} s a step")
     count = ranks if machines.device.on_host else 0
     start = speeds.assumed(machines.device, first.precision.dtype, style, count, first.model.attention, machines.nic)
     rates = fitted(made, machines, start, style)
+    made = [one for one in made if len(one.ranks) == ranks]
     expected = {one.title: foretold(one, machines, rates, style) for one in made}
     measured = {one.title: [value for rank in range(ranks) for value in one.steps(rank, 0)] for one in made}
     off = {title: min(values) / expected[title] - 1 for title, values in measured.items()}
@@ -253,6 +273,8 @@ def shown(rates: Rates, machines: Machines) -> dict[str, str]:
         found[work] = f"{forward / unit:.3g} forward, {rates.backward[work] / unit:.3g} backward {letter}"
     found["kernel"] = f"{rates.call * 1e6:.3g} us"
     found["AdamW"] = f"{rates.update / 1e9:.3g} GB/s"
+    if rates.alone > 1:
+        found["one rank at work"] = f"{rates.alone:.2f}x as fast as all"
     found["between ranks"] = (
         f"{rates.wire / 1e9:.3g} GB/s and {rates.latency * 1e6:.3g} us for each of {machines.devices}"
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from configs.errors import InputError, at_least
 
-PURPOSE = """Trains RECIPE on made-up pictures on all devices of this machine, nine short runs under ZeRO 0 to 3, and
-fits the planner's rates to what they took: ~/.config/coatnet/rates has them from then on. Prints every block's time
-beside the roofline; leaves a trace for chrome://tracing and what is known of the memory in the folder of the runs.
-Further words are fields, as for `coatnet train`."""
+PURPOSE = """Trains RECIPE on made-up pictures on all devices of this machine, nine short runs under ZeRO 0 to 3 (on a
+CPU ten), and fits the planner's rates to what they took: ~/.config/coatnet/rates has them from then on. Prints every
+block's time beside the roofline; leaves a trace for chrome://tracing and what is known of the memory in the folder of
+the runs. Further words are fields, as for `coatnet train`."""
 
 
 def bench_step_command(arguments: list[str]) -> int:

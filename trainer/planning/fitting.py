@@ -2,8 +2,8 @@
 
 Blocks:  seconds = sum over kinds of work of amount / rate + kernels x call
          where an operation's arithmetic and its bytes compete, the longer one at the rates so far counts; four rounds
-Steps:   thread's seconds beside its blocks = AdamW and copies at the rate of `weights`, and `hooks` for each weight and
-         micro-batch; what it waits for = bytes on the wire / `wire` + collectives x `latency`
+Steps:   thread's seconds beside its blocks = AdamW's bytes and copies at the rate `update`, and `hooks` for each weight
+         and micro-batch; what it waits for = bytes on the wire / `wire` + collectives x `latency`
 
 What cannot be told apart from the runs that were made is held near a first guess (`PULL`): a rate that fits them all.
 """
@@ -123,23 +123,25 @@ def steps(stepped: Sequence[Stepped], kernels_of: Mapping[int, float], start: Ra
     Args:
         kernels_of: by the number of a run, seconds of its blocks in a step at the fitted rates.
     """
-    update = start.backward["weights"]  # AdamW moves as they do; apart from copies it cannot be told
-    names = [f"{name}{zero}" for name in ("hooks", "copies", "settling") for zero in range(4)]
+    names = ["update", *(f"{name}{zero}" for name in ("hooks", "copies", "settling") for zero in range(4))]
     place = {name: number for number, name in enumerate(names)}
     matrix, wanted = np.zeros((len(stepped), len(names))), np.zeros(len(stepped))
     for row, one in enumerate(stepped):
         share, zero = one.work.share, one.work.share.zero
         own = one.work.elements / (share.replicas if zero else 1)
-        each = ADAMW + CLIP + (AVERAGE if one.terms.ema else 0)
+        matrix[row, 0] = own * (ADAMW + CLIP + (AVERAGE if one.terms.ema else 0))
         matrix[row, place[f"hooks{zero}"]] = one.work.tensors * share.accumulation
-        matrix[row, place[f"copies{zero}"]] = one.work.elements * share.accumulation / update
-        matrix[row, place[f"settling{zero}"]] = one.work.elements / update
-        wanted[row] = one.busy - kernels_of[row] - own * each / update
+        matrix[row, place[f"copies{zero}"]] = one.work.elements * share.accumulation
+        matrix[row, place[f"settling{zero}"]] = one.work.elements
+        wanted[row] = one.busy - kernels_of[row]
     weight = 1 / np.array([one.busy for one in stepped])
-    guess = np.array([*start.hooks, *start.copies, *start.settling])
+    byte = 1 / start.backward["weights"]  # AdamW moves about as they do; copies too
+    guess = np.array([byte, *start.hooks, *(byte * moved for moved in (*start.copies, *start.settling))])
     x = non_negative(matrix * weight[:, None], wanted * weight, guess).tolist()
+    byte = max(x[0], 1e-15)
     found = replace(
-        start, update=update, hooks=tuple(x[:4]), copies=tuple(x[4:8]), settling=tuple(x[8:]),
+        start, update=1 / byte, hooks=tuple(x[1:5]), copies=tuple(value / byte for value in x[5:9]),
+        settling=tuple(value / byte for value in x[9:]),
         measured=tuple({*start.measured, "update", "hooks", "copies", "settling"}),
     )  # fmt: skip
     if all(one.work.share.replicas == 1 for one in stepped):  # nobody sent anything

@@ -49,6 +49,8 @@ class Rates:
         host, disk: bytes/s one way to the host's memory and to a local disk.
         overlap: share of the backward pass behind which traffic can hide where the engine lets it.
         share: of a step in which kernels run as counted.
+        alone: on a processor how much faster a rank computes while the others of its machine wait, since cores share
+            what they have; 1 on a GPU.
         measured: names of the fields that were measured; the others are assumed.
     """
 
@@ -72,6 +74,7 @@ class Rates:
     disk: float
     overlap: float
     share: float
+    alone: float = 1.0
     measured: tuple[str, ...] = ()
 
     @property

@@ -7,6 +7,9 @@
                              it waits for the first micro-batch to reach it and for the last gradient to leave it
     step                     that, the traffic at the end of the step, and AdamW
 
+On a processor a stage that waits leaves its core's memory and caches to the others, which are faster for so long
+(`Rates.alone`): of a pipeline on one machine that much is taken off.
+
 Bytes on the wire are those of `trainer.stages.wire`, which tests hold against real ranks. Traffic is hidden behind the
 backward pass of its micro-batch where DeepSpeed's configuration lets it be, up to `Rates.overlap` of that pass.
 """
@@ -104,18 +107,27 @@ def of_layout(stages: Sequence[StageWork], terms: Terms, machines: Machines, rat
         passed += one.micro
     length, slowest = worst
     stage = found[slowest]
+    quick = _quicker(found, micros, length, rates) if machines.devices <= machines.per_node else 1.0
     update = max(_update(one, terms, rates) for one in stages)
     end = max(one.end for one in found)
     kernels = length - micros * stage.exposed
     return StepTime(
-        compute=micros * stage.compute,
-        again=micros * stage.again,
-        bubble=length - micros * stage.micro,
-        exposed=micros * stage.exposed + end,
+        compute=micros * stage.compute * quick,
+        again=micros * stage.again * quick,
+        bubble=(length - micros * stage.micro) * quick,
+        exposed=micros * stage.exposed * quick + end,
         update=update,
-        rest=kernels * (1 / rates.share - 1),
+        rest=quick * kernels * (1 / rates.share - 1),
         traffic=micros * stage.traffic,
     )
+
+
+def _quicker(stages: Sequence["_Stage"], micros: int, length: float, rates: Rates) -> float:
+    """The share of a pipeline's `length` that is left, since a rank is quicker while others wait for it."""
+    if len(stages) == 1:
+        return 1.0
+    waiting = sum(length - micros * one.micro for one in stages) / (len(stages) - 1)
+    return 1 - min(1.0, waiting / length) * (1 - 1 / rates.alone)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> bench_step.Observation:
         parallel=replace(run.parallel, pipeline=2, zero=1, micro_batch=4, recompute="selective"),
     )  # fmt: skip
     run = replace(bench_step.training(run, 2, 8, 4), profile=f"{FIRST - 1}:{LAST}", steps=LAST + 1)
-    return bench_step.observe(run, 2, tmp_path_factory.mktemp("runs") / "profiled")
+    return bench_step.observe(run, tmp_path_factory.mktemp("runs") / "profiled")
 
 
 def folder_of(found: bench_step.Observation) -> Path:

@@ -86,6 +86,19 @@ def test_an_even_pipeline_has_the_bubble_of_the_textbook(micros: int) -> None:
     assert found.compute == 3.0 * micros
 
 
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_processor_is_quicker_while_others_wait(stages: int) -> None:
+    """An even pipeline: of its (m + p - 1) parts each stage waits for p - 1, in which the others share its core."""
+    works = [stage_of(1.0, 2.0, stages=stages, stage=number, accumulation=8) for number in range(stages)]
+    shared = step_time.of_layout(works, TERMS, machines_of(stages), bare(alone=1.5))
+    plain = step_time.of_layout(works, TERMS, machines_of(stages), bare())
+    assert plain.total == 3.0 * (8 + stages - 1)
+    assert shared.total == pytest.approx(plain.total - stages * 3.0 * (1 - 1 / 1.5))
+    assert step_time.of_layout([stage_of(1.0, 2.0)], TERMS, machines_of(1), bare(alone=1.5)).total == 3.0
+    apart = replace(machines_of(stages), per_node=1)
+    assert step_time.of_layout(works, TERMS, apart, bare(alone=1.5)).total == pytest.approx(plain.total, rel=1e-6)
+
+
 def test_what_is_made_again_costs_what_it_is() -> None:
     stage = stage_of(1.0, 2.0)
     for kind, more in (("none", 0.0), ("selective", 0.1), ("full", 0.9)):
