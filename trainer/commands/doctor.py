@@ -159,7 +159,7 @@ def examine_links(run: Run) -> list[Finding]:
 def _save_seconds(folder: Path | None) -> float | None:
     """Seconds of the slowest of a run's saves, None where there is none."""
     from slurm import settings
-    from trainer.health.scene import lines
+    from trainer.tracking.track import events
 
-    events = lines(folder / "events" / "rank-00000.jsonl") if folder is not None else []
-    return settings.save_seconds([event for event in events if event.get("event") == "save"])
+    happened = events(folder) if folder is not None else []
+    return settings.save_seconds([event for event in happened if event.get("event") == "save"])

@@ -1,17 +1,16 @@
 """`coatnet logs|cancel|requeue RUN`: what to do with a run that was submitted. Never imports torch."""
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from configs.errors import InputError
 from slurm import local, scheduler
 from slurm.status import held
 from trainer.commands.config import Arguments
 from trainer.commands.status import run_folder
+from trainer.tracking.journal import whole_lines
 
 LOOK = 5.0  # seconds between two questions to the scheduler
 
@@ -135,9 +134,9 @@ def report_check(folder: Path, job: str) -> int:
             print(f"job {job}: {state}; Ctrl-C leaves it alone", flush=True)
             said = state
         time.sleep(LOOK)
-    decisions = [row for row in _rows(folder / "events" / "agent.jsonl") if row["event"] == "decide"]
+    decisions = [row for row in whole_lines(folder / "events" / "agent.jsonl") if row["event"] == "decide"]
     code = int(decisions[-1]["code"]) if decisions else 1
-    figures = [row for row in _rows(folder / "metrics.jsonl") if "perf/images_per_second" in row]
+    figures = [row for row in whole_lines(folder / "metrics.jsonl") if "perf/images_per_second" in row]
     if code or not figures:
         print(f"it does not run: {decisions[-1]['why'] if decisions else state}")
         for path in newest_logs(folder, 0):
@@ -153,9 +152,3 @@ def report_check(folder: Path, job: str) -> int:
         f"run folder: {folder}"
     )
     return 0
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.launch import LAUNCHER_SETS, with_rooms
+from trainer.tracking.journal import whole_lines
 
 LIMIT = 300.0  # seconds that anything may take
 
@@ -86,15 +87,15 @@ class Scene:
 
     def rows(self) -> list[dict[str, Any]]:
         """The figures of all steps, in the order in which they were made."""
-        return [row for row in lines(self.folder / "metrics.jsonl") if "train/loss" in row]
+        return [row for row in whole_lines(self.folder / "metrics.jsonl") if "train/loss" in row]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The first rank's events of a kind."""
-        return [row for row in lines(self.folder / "events" / "rank-00000.jsonl") if row["event"] == kind]
+        return [row for row in whole_lines(self.folder / "events" / "rank-00000.jsonl") if row["event"] == kind]
 
     def supervised(self, kind: str) -> list[dict[str, Any]]:
         """The supervisor's events of a kind."""
-        return [row for row in lines(self.folder / "events" / "agent.jsonl") if row["event"] == kind]
+        return [row for row in whole_lines(self.folder / "events" / "agent.jsonl") if row["event"] == kind]
 
     def losses(self) -> dict[int, tuple[float, float]]:
         """Loss and gradient norm by step; of a step that was made again, the last."""
@@ -134,9 +135,3 @@ def _rank(pid: int) -> int:
             if entry.startswith(b"RANK="):
                 return int(entry[5:])
     return -1
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]

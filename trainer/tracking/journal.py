@@ -1,4 +1,4 @@
-"""A file to which a thread of its own adds a line every few seconds: also while a collective hangs."""
+"""Files of JSON lines: one to which a thread adds a line every few seconds, also while a collective hangs; reading."""
 
 import json
 import os
@@ -59,3 +59,9 @@ def _ends_whole(path: Path) -> bool:
             return file.read() in (b"", b"\n")
     except OSError:  # there is none, or none can be written
         return True
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON; one that a crash left half written is passed over, as is a file that is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]

@@ -19,6 +19,7 @@ from configs.errors import InputError
 from configs.schema import Run
 from trainer.launch import with_rooms
 from trainer.tracking.destination import Position
+from trainer.tracking.journal import whole_lines
 
 # Fields of `Tracking` and packages at once; beside them the names people know. "mlflow" comes with the trainer.
 DESTINATIONS = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B"}
@@ -50,10 +51,8 @@ class RunLog:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The first rank's events; a line that a crash left half written is passed over."""
-    file = folder / "events" / "rank-00000.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """The first rank's events."""
+    return whole_lines(folder / "events" / "rank-00000.jsonl")
 
 
 class Lines:
