@@ -30,8 +30,9 @@ from trainer.bench import record as bench  # noqa: E402
 from trainer.health import drill, ettr, goodput  # noqa: E402
 from trainer.health.faults import BATCH  # noqa: E402
 from trainer.health.goodput import NS  # noqa: E402
-from trainer.health.scene import Scene, lines  # noqa: E402
+from trainer.health.scene import Scene  # noqa: E402
 from trainer.machine import environment  # noqa: E402
+from trainer.tracking.journal import whole_lines  # noqa: E402
 
 RANKS = 2
 LATER = 0.3  # seconds at most from the figures of a step to the kill, so that it falls anywhere in the next ones
@@ -158,7 +159,9 @@ def samples_of(scene: Scene) -> dict[int, str]:
     """
     taken: dict[int, str] = {}
     for file in sorted((scene.folder / "sabotage").glob("rank-*.jsonl")):
-        last = {note["step"]: note["samples"] for note in lines(file)}  # of a step that was made again, the last time
+        last = {
+            note["step"]: note["samples"] for note in whole_lines(file)
+        }  # of a step that was made again, the last time
         for index, key in (pair for samples in last.values() for pair in samples):
             assert index not in taken, f"{key} at {index}: taken twice"
             taken[index] = key
@@ -193,7 +196,11 @@ def ratios(scene: Scene, campaign: Campaign) -> dict[str, Any]:
     found = ettr.measure(scene.folder)
     assert found is not None
     wall = found.wall - campaign.paused
-    costs = replace(found.costs, detection=mean(kill.detection for kill in campaign.kills))
+    costs = replace(
+        found.costs,
+        detection=mean(kill.detection for kill in campaign.kills),
+        restart=mean(kill.restart for kill in campaign.kills),  # also what the run's own clock does not see
+    )
     book = goodput.Book.of(goodput.last_line(scene.folder / "events" / goodput.FILE) or {})
     per_step = book.spent["productive"] / NS / len(scene.losses())
     between = wall / len(campaign.kills)
@@ -204,6 +211,13 @@ def ratios(scene: Scene, campaign: Campaign) -> dict[str, Any]:
         "costs": costs,
         **{f"{hours:g} h": ettr.foretell(costs, hours * 3600) for hours in ettr.HOURS},
     }
+
+
+def waited(scene: Scene) -> list[float]:
+    """Seconds that the supervisor held back a new start."""
+    decided, begun = scene.supervised("decide"), scene.supervised("try")[1:]
+    found = [after["time"] - before["time"] for before, after in zip(decided, begun, strict=False)]
+    return [seconds for seconds in found if seconds > 1.0]
 
 
 def records(scene: Scene, campaign: Campaign, checked: dict[str, Any], words: str, steps: int) -> list[bench.Record]:
@@ -220,12 +234,15 @@ def records(scene: Scene, campaign: Campaign, checked: dict[str, Any], words: st
     spread = {
         name: f"{median(values):.1f} s ({min(values):.1f} to {max(values):.1f} s)" for name, values in times.items()
     }
+    waits = waited(scene)
     summary = {
         "kill -9 of one rank": f"{len(kills)} times in one training of {steps} steps",
         "weights, moments, statistics": "bitwise those of an undisturbed run, losses of all steps too",
         "samples": f"each of {checked['samples']:,} once in each of {checked['epochs']} epochs",
         "made again": f"{checked['repeated']} steps",
         **spread,
+        "waits": f"{len(waits)} of {median(waits or [0.0]):.0f} s by the supervisor, after two failures without a save "
+        "between them; they are in the restarts",
     }
     foretold = {f"at a failure every {hours:g} h": f"{found[f'{hours:g} h']:.2%}" for hours in ettr.HOURS}
     told = {

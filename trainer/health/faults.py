@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.health.scene import DrillError, Scene, lines
+from trainer.health.scene import DrillError, Scene
+from trainer.tracking.journal import whole_lines
 
 AT = 13  # the step after which a fault strikes
 FULL = 1 << 20  # bytes that a file may have on the disk that is full
@@ -135,7 +136,7 @@ def _harmed(scene: Scene) -> float:
     """Wait until a rank has done a harmed step; when it began."""
 
     def began() -> float:
-        notes = [note for file in (scene.folder / "sabotage").glob("rank-*.jsonl") for note in lines(file)]
+        notes = [note for file in (scene.folder / "sabotage").glob("rank-*.jsonl") for note in whole_lines(file)]
         return min((float(note["time"]) for note in notes if note["harm"]), default=0.0)
 
     return float(scene.until(began, "the harmed step"))

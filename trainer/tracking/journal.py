@@ -62,6 +62,6 @@ def _ends_whole(path: Path) -> bool:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON; one that a crash left half written is passed over, as is a file that is not there."""
+    """The lines of a file of JSON; none where it is not there; one that a crash left half written is passed over."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
