@@ -114,21 +114,22 @@ def killed(work: Path, steps: int, plan: list[tuple[int, int, float]], at_most: 
     scene, file = scene_in(work, "killed", steps), work / "campaign.json"
     scene.words += ["--restarts", str(len(plan))]
     campaign = Campaign.read(file)
+    if (scene.folder / "done").exists():
+        return scene, campaign
     campaign.paused += time.time() - campaign.left if campaign.left else 0.0
     done = len(campaign.kills)
     try:
-        if not (scene.folder / "done").exists():
-            before = len(scene.rows())
-            scene.start()
-            scene.until(lambda: len(scene.rows()) > before, "a new step")
-            for step, rank, later in plan[done : done + at_most]:
-                campaign.kills.append(kill(scene, Kill(step, rank), later))
-                print(f"{len(campaign.kills)}: {campaign.kills[-1]}", flush=True)
-                campaign.write(file)
-            if len(campaign.kills) < len(plan):
-                assert scene.process is not None
-                scene.process.terminate()
-            assert scene.end() == (0 if len(campaign.kills) == len(plan) else 75), f"see {scene.folder}.log"
+        before = len(scene.rows())
+        scene.start()
+        scene.until(lambda: len(scene.rows()) > before, "a new step")
+        for step, rank, later in plan[done : done + at_most]:
+            campaign.kills.append(kill(scene, Kill(step, rank), later))
+            print(f"{len(campaign.kills)}: {campaign.kills[-1]}", flush=True)
+            campaign.write(file)
+        if len(campaign.kills) < len(plan):
+            assert scene.process is not None
+            scene.process.terminate()
+        assert scene.end() == (0 if len(campaign.kills) == len(plan) else 75), f"see {scene.folder}.log"
     finally:
         scene.kill()
         campaign.left = time.time()
