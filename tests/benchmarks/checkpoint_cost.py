@@ -7,8 +7,8 @@ One process trains CoAtNet-5 with fewer blocks under ZeRO-0 on made-up pictures.
 turns, the wall time of the same steps without a save and with one after the first of them, until the steps are made and
 the save is where its maker leaves it: ours forced to the disk and complete; the others force nothing, and what is left
 for the disk is written before the next measurement begins. Checkpoints are kept as by default, the newest three: one
-that replaces the only other is read back first, which costs more. Then nothing of any file is in memory, and our checkpoint is
-read back into the engine; beside it its files are only read.
+that replaces the only other is read back first, which costs more. Then nothing of any file is in memory, and our
+checkpoint is read back into the engine; beside it its files are only read.
 
 FOLDER keeps the rounds, so that a campaign can be broken off and continued; the record is written to tests/records.
 """
