@@ -23,7 +23,8 @@ def main(expression: str) -> int:
     """Measure, and write the record if nothing is missing; the exit code of pytest."""
     folder = ROOT / "runs" / "benchmarks" / f"slurm-recovery-{environment.commit()}"
     folder.mkdir(parents=True, exist_ok=True)
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "slurm and slow", "-k", expression, "tests/slurm/test_rows.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "slurm and slow", "--timeout", "3600", "-k", expression]
+    tests += ["tests/slurm/test_rows.py"]
     told = {**os.environ, "COATNET_MEASURED": str(folder), "COATNET_SLURM": "1", "OMP_NUM_THREADS": "1"}
     cluster = str(ROOT / "tests" / "slurm" / "cluster" / "with.sh")
     code = subprocess.run([cluster, "--install", *tests], cwd=ROOT, env=told).returncode

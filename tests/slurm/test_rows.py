@@ -70,8 +70,8 @@ def test_a_rank_hangs(what: int, number: int, tiny: Make, undisturbed: Undisturb
 
 def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured) -> None:
     """The scheduler's signal comes a minute early, or up to two."""
-    run = tiny(steps=900)
-    run.submit(run.profile(), "--time", "2")
+    run = tiny(steps=2400)
+    run.submit(run.profile(), "--time", "3")
     run.lab.until(lambda: run.decisions() == ["requeue"], "the end of the first life")
     [ended] = run.events("ended")
     assert (ended["code"], ended["asked"]) == (75, "time")
@@ -80,7 +80,7 @@ def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured
     made = max(run.losses())
     run.until_step(made + 1, struck)
     assert min(row["step"] for row in run.rows() if row["time"] > struck) == made + 1
-    other = undisturbed(steps=STEPS, words=("--optim.steps", "900", "--steps", str(STEPS))).losses()
+    other = undisturbed(steps=STEPS, words=("--optim.steps", "2400", "--steps", str(STEPS))).losses()
     assert {step: run.losses()[step] for step in other} == other
     measured(run, struck)
 
@@ -237,7 +237,7 @@ def test_an_edit_while_the_job_waits(tiny: Make, undisturbed: Undisturbed, measu
     run.lab.ask(*block, "--wrap", "sleep 600")
     run.submit(run.profile())
     assert run.state() == "PENDING"
-    for path in (tree / "trainer" / "train.py", tree / "slurm" / "agent.py"):
+    for path in (tree / "trainer" / "cli.py", tree / "trainer" / "train.py", tree / "slurm" / "agent.py"):
         path.write_text("raise SystemExit('edited')\n")
     subprocess.run(["scancel", "--name=blocks"], env=run.environment, check=True)
     run.until_step(AT)
