@@ -70,7 +70,7 @@ def test_a_rank_hangs(what: int, number: int, tiny: Make, undisturbed: Undisturb
 
 def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured) -> None:
     """The scheduler's signal comes a minute early, or up to two."""
-    run = tiny(steps=2400)
+    run = tiny(steps=1200)
     run.submit(run.profile(), "--time", "3")
     run.lab.until(lambda: run.decisions() == ["requeue"], "the end of the first life")
     [ended] = run.events("ended")
@@ -80,7 +80,8 @@ def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured
     made = max(run.losses())
     run.until_step(made + 1, struck)
     assert min(row["step"] for row in run.rows() if row["time"] > struck) == made + 1
-    other = undisturbed(steps=STEPS, words=("--optim.steps", "2400", "--steps", str(STEPS))).losses()
+    assert run.command("cancel", str(run.folder)).code == 0
+    other = undisturbed(steps=STEPS, words=("--optim.steps", "1200", "--steps", str(STEPS))).losses()
     assert {step: run.losses()[step] for step in other} == other
     measured(run, struck)
 

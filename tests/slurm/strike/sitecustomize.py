@@ -7,6 +7,7 @@ jobs that they submit. The code of the run itself knows nothing of it.
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -34,5 +35,6 @@ def hang_in_c(number: int, frame: object) -> None:
 if "COATNET_TRY" in os.environ and threading.current_thread() is threading.main_thread():
     for number, handler in ((RAISE, fail), (HANG, hang), (HANG_IN_C, hang_in_c)):
         signal.signal(number, handler)
-    if os.environ.get("SLURM_PROCID") == os.environ.get("STRIKE_ALWAYS"):  # a rank that can never run
+    examined = "doctor" in sys.orig_argv  # before the try, also as a task of srun
+    if os.environ.get("SLURM_PROCID") == os.environ.get("STRIKE_ALWAYS") and not examined:  # a rank that can never run
         threading.Timer(2.0, os._exit, (3,)).start()
