@@ -77,12 +77,13 @@ def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured
     assert (ended["code"], ended["asked"]) == (75, "time")
     struck = ended["time"]
     run.lab.ask("scontrol", "update", f"JobId={run.jobs[0]}", "TimeLimit=30")
-    made = max(run.losses())
-    run.until_step(made + 1, struck)
-    assert min(row["step"] for row in run.rows() if row["time"] > struck) == made + 1
+    last = max(run.losses())
+    run.until_step(last + 1, struck)
+    assert min(row["step"] for row in run.rows() if row["time"] > struck) == last + 1
     assert run.command("cancel", str(run.folder)).code == 0
-    other = undisturbed(steps=STEPS, words=("--optim.steps", "1200", "--steps", str(STEPS))).losses()
-    assert {step: run.losses()[step] for step in other} == other
+    made = run.losses()
+    whole = undisturbed(steps=1200).losses()
+    assert made == {step: whole[step] for step in made}
     measured(run, struck)
 
 
