@@ -68,7 +68,7 @@ def test_a_rank_hangs(what: int, number: int, tiny: Make, undisturbed: Undisturb
     measured(run, struck)
 
 
-def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured) -> None:
+def test_the_time_limit(tiny: Make, measured: Measured) -> None:
     """The scheduler's signal comes a minute early, or up to two."""
     run = tiny(steps=1200)
     run.submit(run.profile(), "--time", "3")
@@ -82,7 +82,10 @@ def test_the_time_limit(tiny: Make, undisturbed: Undisturbed, measured: Measured
     assert min(row["step"] for row in run.rows() if row["time"] > struck) == last + 1
     assert run.command("cancel", str(run.folder)).code == 0
     made = run.losses()
-    whole = undisturbed(steps=1200).losses()
+    other = tiny("undisturbed", steps=1200)
+    other.submit(other.profile())
+    other.until_step(max(made))
+    whole = other.losses()
     assert made == {step: whole[step] for step in made}
     measured(run, struck)
 
