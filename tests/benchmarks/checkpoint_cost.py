@@ -215,7 +215,7 @@ def write_record(folder: Path, out: Path) -> None:
             f"{case} {middle[case]:.1f} s ({min(values):.1f} to {max(values):.1f})" for case, values in added.items()
         ),
         "ours over DeepSpeed's": f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
-        "noise": f"the same steps without a save, one save apart: {statistics.median(apart):.1f} s (to {max(apart):.1f})",
+        "noise": f"the steps alone, one save apart: {statistics.median(apart):.1f} s (to {max(apart):.1f})",
         "training stood still": f"{stall:.2f} s, in a run's first save {first:.2f} s",
         "bytes": ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in sizes.items()),
         "verified and restored": f"{rates['restored']:.2f} GB/s; the disk gives {rates['read']:.2f} GB/s",
