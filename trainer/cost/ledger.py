@@ -189,8 +189,9 @@ class Ledger:
         """
         images = int(saved["images"]) if saved else 0
         known = [state for state in (saved, last) if state]
-        self.lost_images = max((int(state.get("lost_images", 0)) for state in known), default=0)
-        self.lost_images += max(0, int(last.get("images", images)) - images)
+        # Images trained on, lost or not, only grow: whichever state has more of them is the newer one.
+        trained = (int(state.get("images", 0)) + int(state.get("lost_images", 0)) for state in known)
+        self.lost_images = max(trained, default=images) - images
         self.images = images
         if self.device_seconds:  # a rollback: what is held stays held
             return

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.cost.ledger import Ledger
@@ -123,6 +123,9 @@ moves = st.one_of(
 )
 
 
+@example(
+    [("train", 0.0, 0.0), ("write",), ("roll_back",), ("save",), ("crash", 0, 1)]
+)  # the line is older than the save
 @given(st.lists(moves, max_size=40))
 def test_classes_are_what_happened(story: list[tuple[Any, ...]]) -> None:
     life = Life()
