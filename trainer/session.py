@@ -86,6 +86,13 @@ class Session:
         self.saver = Saver(self.folder / "checkpoints", wish, self.member, background, self.run.guard.reach)
         self.saver.interval.begin(self.step)
         self.saved = self.step
+        self.engine.before_change = self._settle
+
+    def _settle(self) -> None:
+        """Let no save see what comes next."""
+        if self.saver.copying:
+            with self.clock.of("save"):
+                self.saver.settle()
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many updates, and at the end, is due."""

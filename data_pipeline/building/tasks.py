@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -71,8 +71,11 @@ def build(source: str, out: str | Path, options: Options, workers: int = 1, tell
     return merge(out)
 
 
-def run(out: str | Path, number: int) -> int:
+def run(out: str | Path, number: int, tell: Callable[[int], None] = lambda shard: None) -> int:
     """Do task `number` of the plan in `out`, or what is left of it; returns `number`.
+
+    Args:
+        tell: is called with the number of every shard that was written.
 
     Raises:
         InputError: no such task, another process is at it, a picture changed since the plan or cannot be read.
@@ -93,6 +96,7 @@ def run(out: str | Path, number: int) -> int:
             if record is None:
                 rows = rows if rows is not None else read_table(path)
                 record = _write(root, made, task, shard, _dicts(rows.slice(place)), place)
+                tell(shard)
             place, shard = record.next, shard + 1
     return number
 

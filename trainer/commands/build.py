@@ -1,10 +1,13 @@
 """`coatnet data build|plan|run|merge|adopt`: data sets from pictures that are somewhere else."""
 
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
+from slurm.decide import STOPPED
 from trainer.commands import words
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ adopt --label-field NAME   the field of the json members that holds the labels, 
 
 --cluster PROFILE     plan here, run the tasks as an array of SLURM jobs, and merge in a job after them. DIR must lie on
                       a disk that the nodes share; --tasks 64 is how many there are, --cpus 1 the cores of each, --wait
-                      waits for the end. A task whose node is lost is queued again; logs are in DIR.jobs
+                      waits for the end. A task whose node is lost is queued again, and one that reaches its time limit
+                      if it wrote a shard in that time; logs are in DIR.jobs
 
 --vocabulary FILE     names of the classes, one a line, in the order of their indices; else they come from the labels
 --hierarchy FILE      lines of child, tab, parent: a picture also gets all ancestors of its labels
@@ -138,7 +142,16 @@ def _run(arguments: list[str]) -> int:
         raise InputError("coatnet data run: --task I is missing: the number of the task to do")
     from data_pipeline.building import tasks
 
-    print(f"{out}: task {tasks.run(out, words.whole(options, '--task', 0))} done")
+    written: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        """SIGTERM: what is written stays, and where that is more than before, another try makes sense."""
+        hint = "the same command goes on there" if written else "more time, or a smaller --shard-samples, is needed"
+        _tell(f"{out}: stopped, {len(written)} shards were written; {hint}")
+        raise SystemExit(STOPPED if written else 128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    print(f"{out}: task {tasks.run(out, words.whole(options, '--task', 0), written.append)} done")
     return 0
 
 

@@ -38,8 +38,8 @@ def send(out: str, count: int, profile_name: str, cpus: int) -> tuple[str, str]:
     place.mkdir(parents=True, exist_ok=True)
     code = snapshot.take(place / "code")
     words = ["trainer.cli", "data", "run", str(root), "--task", tasks.NUMBER if count > 1 else "0"]
-    command = tasks.script_command(words, code, profile)
-    array = tasks.send(tasks.executor(place, f"{root.name}-build", command, profile, cpus=cpus), count)
+    command = tasks.script_command(words, code, profile, again=True)
+    array = tasks.send(tasks.executor(place, f"{root.name}-build", command, profile, cpus=cpus, again=True), count)
     command = tasks.script_command(["trainer.cli", "data", "merge", str(root)], code, profile)
     merge = tasks.send(tasks.executor(place, f"{root.name}-merge", command, profile, after=array, cpus=cpus))
     print(f"{root}: submitted {count} tasks as job {array}, the merge as job {merge}; logs in {place}", flush=True)

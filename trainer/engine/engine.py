@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Engine:
         config: DeepSpeed's JSON as it was used.
         groups: the optimizer's parameter groups, with the names in each.
         average: the moving average of the weights, None where the run keeps none.
+        before_change: is called before anything changes what `fragments` and `buffers` give, or gets it to change it.
     """
 
     def __init__(self, model: nn.Module, run: Run, layout: Layout, member: Member) -> None:
@@ -50,6 +51,7 @@ class Engine:
         self.blocks = called(run)
         self.pipeline = Pipeline(member, remakes=self.zero >= 2) if member.stages > 1 else None
         self.average: WeightAverage | None = None
+        self.before_change: Callable[[], None] = lambda: None
         self.groups = parameter_groups(model.named_parameters(), run.optim.weight_decay)
         sizes = [shims.elements(parameter) for parameter in model.parameters()]
         self.config = deepspeed_config(run, layout, Weights(sum(sizes), max(sizes)))
@@ -115,6 +117,7 @@ class Engine:
         Returns:
             () the gradient's global norm before clipping, on the device.
         """
+        self.before_change()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.zero == 0:
@@ -148,6 +151,7 @@ class Engine:
     def averaged(self) -> Iterator[None]:
         """The model with its averaged weights and BatchNorm statistics in place of the raw ones. Collective calls."""
         assert self.average is not None, "the run keeps no average"
+        self.before_change()
         with self.average.swapped():
             self._publish()
             yield
@@ -165,11 +169,13 @@ class Engine:
         Args:
             owned: over all ranks each element once, for saving; otherwise all that this rank holds, for restoring.
         """
+        self.before_change()
         held = fragments(self._engine, self.zero, self.member.replica, self.member.replicas, owned)
         return [fragment if self.average is None else self.average.beside(fragment) for fragment in held]
 
     def buffers(self) -> dict[str, Tensor]:
         """BatchNorm's running statistics by name and their averages, as writable tensors; equal on all ranks."""
+        self.before_change()
         averages = self.average.buffers if self.average is not None else {}
         return running_statistics(self.model) | {AVERAGE + name: value for name, value in averages.items()}
 

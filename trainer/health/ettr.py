@@ -5,11 +5,12 @@ Machine Learning Research Clusters" (arXiv 2410.21680), who found a mean time to
 GPUs. Foretold, to first order like theirs, with the terms of this trainer: of the M seconds from one failure to the
 next, D go until it is noticed and R until the next step; the steps since the last save that counts are made again,
 which is half a period on average and the W seconds that the save was still being written; and of what remains, every
-T seconds of steps cost C seconds of standing still:
+T seconds of steps cost C seconds of standing still and of slower steps (`trainer.state.interval.cost`):
 
     ETTR = T / (T + C) * (M - D - R - (T + C) / 2 - W) / M
 
-with T as `trainer/state/interval.py` chooses it for M: Young's sqrt(2 C M), and not below 2 (C + W).
+with T as `trainer/state/interval.py` chooses it for M: Young's sqrt(2 C M), and not below twice what a save takes to
+be written.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from statistics import mean, median
 
 from trainer.health import goodput
 from trainer.health.goodput import NS
-from trainer.state.interval import young
+from trainer.state.interval import between, cost
 from trainer.tracking.track import events
 
 HOURS = (7.9, 1.0)  # between failures: 1,024 GPUs in the paper, and a bad day
@@ -84,6 +85,7 @@ def foretell(costs: Costs, mtbf: float, period: float = 0.0) -> float:
     Args:
         period: seconds of steps between two saves, T; 0: chosen.
     """
-    period = period or max(young(costs.stall, mtbf), 2.0 * (costs.stall + costs.write))
-    left = mtbf - costs.detection - costs.restart - (period + costs.stall) / 2 - costs.write
-    return max(0.0, left / mtbf) * (period / (period + costs.stall) if period else 1.0)
+    period = period or between(costs.stall, costs.write, mtbf)
+    each = cost(costs.stall, costs.write)
+    left = mtbf - costs.detection - costs.restart - (period + each) / 2 - costs.write
+    return max(0.0, left / mtbf) * (period / (period + each) if period else 1.0)

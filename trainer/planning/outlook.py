@@ -12,7 +12,7 @@ from trainer.cost.ledger import HOUR, Holding, Ledger
 from trainer.health.ettr import Costs, foretell
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
-from trainer.state.interval import young
+from trainer.state.interval import between
 
 BETWEEN = 7.9 * HOUR * 1024  # device-seconds from one failure to the next
 NOTICED, RESTARTED = 60.0, 300.0
@@ -72,13 +72,13 @@ def outlook(job: Job, step: float, machines: Machines, rates: Rates, wish: Clust
     MFU counts the time that trains, failures and saves apart, as a run's own figure does.
     """
     count, device = machines.devices, machines.device
-    between = BETWEEN / count
+    mtbf = BETWEEN / count
     state = (4 * 4 if job.averages else 3 * 4) * job.parameters
     costs = Costs(NOTICED, RESTARTED, state / count / rates.host, state / (WRITTEN * machines.nodes))
-    interval = max(young(costs.stall, between), 2 * (costs.stall + costs.write), step)
-    ratio = max(foretell(costs, between), 0.01)
+    interval = max(between(costs.stall, costs.write, mtbf), step)
+    ratio = max(foretell(costs, mtbf), 0.01)
     trains = job.steps * step
     held = Holding(device.name, device.peak, wish.price or None, wish.currency, wish.watts or device.watts)
     held.seconds = count * trains / ratio
     ledger = Ledger(job.multiply_adds, held, images=job.steps * job.batch)
-    return Outlook(step, job.batch / step, trains / ratio, trains / ratio / between, interval, ratio, ledger)
+    return Outlook(step, job.batch / step, trains / ratio, trains / ratio / mtbf, interval, ratio, ledger)

@@ -24,9 +24,12 @@ class HostMemory:
 
     The pages of fresh memory cost more than the copy. Pinned where the state lies on a GPU, which then copies by itself
     and several times faster.
+
+    Attributes:
+        device: where the state lies.
     """
 
-    pinned: bool
+    device: torch.device
     _room: dict[str, Tensor] = field(default_factory=dict)
 
     def reserve(self, snapshot: Snapshot) -> str:
@@ -45,15 +48,36 @@ class HostMemory:
             return f"a copy of the state takes {needed / 1e9:.2f} GB of host memory and {free / 1e9:.2f} are free"
         try:
             for kind, size in missing.items():
-                self._room[kind] = torch.empty(size, dtype=types[kind], pin_memory=self.pinned)
+                self._room[kind] = torch.empty(size, dtype=types[kind], pin_memory=self.device.type == "cuda")
         except (RuntimeError, MemoryError) as error:
             self._room.clear()
             return f"no host memory for a copy of the state ({str(error).partition(chr(10))[0]})"
         return ""
 
+    def mark(self) -> "torch.cuda.Event | None":
+        """What the device still has to do before the state is as the calling thread sees it; None on a processor."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+    def copy(self, snapshot: Snapshot, after: "torch.cuda.Event | None" = None) -> Snapshot:
+        """The same snapshot in host memory; valid until the next copy. Any thread may call it.
+
+        On a GPU it is made in a stream of its own, beside the passes that follow. Nothing may change the state then.
+
+        Args:
+            after: of `mark`, called where the snapshot was taken.
+        """
+        if after is None:
+            return self._copied(snapshot)
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(after)
+            copied = self._copied(snapshot)
+            stream.synchronize()
+        return copied
+
     @torch.no_grad()
-    def copy(self, snapshot: Snapshot) -> Snapshot:
-        """The same snapshot in host memory; valid until the next copy."""
+    def _copied(self, snapshot: Snapshot) -> Snapshot:
+        """`copy` in the current stream; on a GPU it may still be under way."""
         kinds: dict[str, list[Tensor]] = {}
         for kind, parts in snapshot.kinds.items():
             room, place = self._room[kind], 0
@@ -62,8 +86,6 @@ class HostMemory:
                 place += part.numel()
             kinds[kind] = [room]
         buffers = {name: buffer.detach().to("cpu", copy=True) for name, buffer in snapshot.buffers.items()}
-        if self.pinned:
-            torch.cuda.synchronize()
         return replace(snapshot, kinds=kinds, buffers=buffers)
 
 

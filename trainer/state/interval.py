@@ -2,18 +2,36 @@
 
 J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 17(9), 1974): a run that loses C
 seconds per save and fails every M seconds on average loses least when it saves every T = sqrt(2 C M) seconds: T spends
-C / T of the time on saves, and a failure loses T / 2 on average.
+C / T of the time on saves, and a failure loses T / 2 on average. C is the stall, and of the time in which a save is
+written beside training a share: it takes memory, a core and the disk from it.
 """
 
 import math
 import time
 
 FIRST = 50  # steps between saves until one was measured
+SLOWED = 0.02  # by which training is slower while a save is written; an assumption
 
 
-def young(stall: float, mtbf: float) -> float:
-    """The best seconds between two saves that stop training for `stall` seconds, at a failure every `mtbf` seconds."""
-    return math.sqrt(2.0 * stall * mtbf)
+def cost(stall: float, write: float) -> float:
+    """Seconds that a save costs training, that stops it for `stall` and is written beside it for `write` seconds."""
+    return stall + SLOWED * write
+
+
+def young(cost: float, mtbf: float) -> float:
+    """The best seconds between two saves that cost training `cost` seconds each, at a failure every `mtbf` seconds."""
+    return math.sqrt(2.0 * cost * mtbf)
+
+
+def between(stall: float, write: float, mtbf: float) -> float:
+    """Seconds to have between two saves; at least twice what one takes to be written.
+
+    Args:
+        stall: seconds for which a save stops training.
+        write: seconds in which it is written beside training.
+        mtbf: seconds between two failures, on the average.
+    """
+    return max(young(cost(stall, write), mtbf), 2.0 * (stall + write))
 
 
 class Interval:
@@ -54,8 +72,7 @@ class Interval:
         self.stall, self.write = stall, write
 
     def wanted(self) -> int:
-        """What this rank would choose now, in steps; at least twice the time that a save takes to be written."""
+        """What this rank would choose now, in steps."""
         if self.chosen and self._per_step and self.stall > 0:
-            seconds = max(young(self.stall, self._mtbf), 2.0 * (self.stall + self.write))
-            self._wanted = max(1, round(seconds / self._per_step))
+            self._wanted = max(1, round(between(self.stall, self.write, self._mtbf) / self._per_step))
         return self._wanted

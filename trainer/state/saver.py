@@ -1,10 +1,11 @@
 """When and how a run's state goes to disk: at once, or from a copy in the host's memory while training goes on.
 
-A save that training does not wait for: between two steps every rank copies its part to the host's memory, which is the
-whole stall; a thread writes, hashes and fsyncs it and agrees with the other ranks' threads in a process group of their
-own, so that no collective of the steps and none of the writers ever share one. The thread holds Python's lock for a
-few microseconds per 8 MB. There is one copy: a save that comes due before the last one is on disk waits for it, or is
-left out, on all ranks alike.
+A save that training does not wait for: a thread of every rank copies its part to the host's memory while the next step
+makes its forward and backward passes, which change none of it; whoever changes it, an update first of all, calls
+`settle` before and waits if the copy is not finished, which is the whole stall. Then the thread writes, hashes and
+fsyncs the copy and agrees with the other ranks' threads in a process group of their own, so that no collective of the
+steps and none of the writers ever share one. It holds Python's lock for a few microseconds per 8 MB. There is one copy:
+a save that comes due before the last one is on disk waits for it, or is left out, on all ranks alike.
 """
 
 import threading
@@ -36,7 +37,7 @@ class Outcome:
 
     Attributes:
         stall: seconds that training stood still for it.
-        write: seconds from then on until it counted; 0 where training waited.
+        write: seconds until it counted, beside training; 0 where training waited.
         bytes: of all ranks' files.
         problem: why it failed or was left out; empty for a good one.
         notes: what a person should know: what could not be deleted, that the disk is nearly full.
@@ -52,11 +53,12 @@ class Outcome:
 
 @dataclass
 class _Write:
-    """One save under way in a thread."""
+    """One save under way in a thread; `copied` is set when it needs the live state no more."""
 
     thread: threading.Thread
     step: int
     stall: float
+    copied: threading.Event
     outcome: Outcome | None = None
     crash: BaseException | None = None
 
@@ -76,7 +78,7 @@ class Saver:
         """
         self.root, self.wish, self.member, self._reach = root, wish, member, reach
         self.interval = Interval(wish.every, wish.mtbf_hours)
-        self._host = HostMemory(pinned=member.device.type == "cuda")
+        self._host = HostMemory(member.device)
         self._write: _Write | None = None
         self._finished: list[Outcome] = []
         self._writers: Member | None = None
@@ -114,7 +116,7 @@ class Saver:
         warning = retention.forecast(self.root, needed) if self.member.first else ""
         notes = tuple(filter(None, (warning, obstacle)))
         if background and not refused:
-            self._start(step, self._host.copy(live), began, notes)
+            self._start(step, live, began, notes)
             return
         try:
             outcome = self._commit(step, live, self.member)
@@ -125,6 +127,18 @@ class Saver:
             return
         done = time.perf_counter() - began
         self._finished.append(replace(outcome, stall=done, notes=(*notes, *outcome.notes)))
+
+    @property
+    def copying(self) -> bool:
+        """Whether a save still reads the live state."""
+        return self._write is not None and not self._write.copied.is_set()
+
+    def settle(self) -> None:
+        """Wait until no save reads the live state any more: to be called before anything in it changes."""
+        if self._write is not None and self.copying:
+            began = time.perf_counter()
+            self._write.copied.wait()
+            self._write.stall += time.perf_counter() - began
 
     def finished(self, wait: bool = False) -> list[Outcome]:
         """The outcomes since the last call.
@@ -162,15 +176,19 @@ class Saver:
             notes += filter(None, [retention.forecast(self.root, size, retention.coming(self.root, self.wish))])
         return Outcome(step, 0.0, bytes=size, notes=tuple(notes))
 
-    def _start(self, step: int, copy: Snapshot, began: float, notes: tuple[str, ...]) -> None:
-        """Write a copy in a thread."""
+    def _start(self, step: int, live: Snapshot, began: float, notes: tuple[str, ...]) -> None:
+        """Copy and write in a thread."""
         assert self._writers is not None
-        writers = self._writers
+        writers, mark = self._writers, self._host.mark()
 
         def write() -> None:
             """The thread."""
             start = time.perf_counter()
             try:
+                try:
+                    copy = self._host.copy(live, mark)
+                finally:
+                    work.copied.set()
                 outcome = self._commit(step, copy, writers)
             except SaveError as error:
                 outcome = Outcome(step, 0.0, problem=str(error))  # the same on all ranks
@@ -178,12 +196,12 @@ class Saver:
                 work.crash = error
                 return
             seconds = time.perf_counter() - start
-            work.outcome = replace(outcome, stall=work.stall, write=seconds, notes=(*notes, *outcome.notes))
+            work.outcome = replace(outcome, write=seconds, notes=(*notes, *outcome.notes))
 
         thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-        work = _Write(thread, step, time.perf_counter() - began)
-        self._write = work
+        work = self._write = _Write(thread, step, 0.0, threading.Event())
         thread.start()
+        work.stall = time.perf_counter() - began
 
     def _join(self) -> None:
         """Wait for the save under way and take its outcome."""
@@ -194,4 +212,4 @@ class Saver:
         if work.crash is not None:
             raise RuntimeError(f"the save of step {work.step} broke off") from work.crash
         assert work.outcome is not None, "a thread that ended tells how"
-        self._finished.append(work.outcome)
+        self._finished.append(replace(work.outcome, stall=work.stall))

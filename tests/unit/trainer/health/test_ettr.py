@@ -41,11 +41,11 @@ def test_a_hand_made_log(tmp_path: Path) -> None:
 
 
 def test_the_formula_by_hand() -> None:
-    """M = 1 h, 60 s to notice, 240 s to restart, saves of 2 s, written within 10 s: T = sqrt(2 * 2 * 3600) = 120 s."""
+    """M = 1 h, 60 s to notice, 240 s to restart, saves of 1.8 s and 2 % of 10 s: T = sqrt(2 * 2 * 3600) = 120 s."""
     wanted = 120 / 122 * (3600 - 60 - 240 - 61 - 10) / 3600
-    assert foretell(Costs(60, 240, 2, 10), 3600) == pytest.approx(wanted)
-    # A save that takes 100 s to be written comes every 204 s only.
-    wanted = 204 / 206 * (3600 - 60 - 240 - 103 - 100) / 3600
+    assert foretell(Costs(60, 240, 1.8, 10), 3600) == pytest.approx(wanted)
+    # A save that takes 100 s to be written comes every 204 s only, and costs 4 s.
+    wanted = 204 / 208 * (3600 - 60 - 240 - 104 - 100) / 3600
     assert foretell(Costs(60, 240, 2, 100), 3600) == pytest.approx(wanted)
 
 

@@ -9,6 +9,8 @@ from trainer.engine.deepspeed_fragments import Fragment
 from trainer.state import host_memory, snapshot
 from trainer.state.host_memory import HostMemory, available_bytes
 
+CPU = torch.device("cpu")
+
 
 def part(size: int = 1000) -> snapshot.Snapshot:
     live = torch.arange(float(size))
@@ -16,7 +18,7 @@ def part(size: int = 1000) -> snapshot.Snapshot:
 
 
 def test_a_copy_does_not_follow_the_state() -> None:
-    memory, live = HostMemory(pinned=False), part()
+    memory, live = HostMemory(CPU), part()
     assert memory.reserve(live) == ""
     copy = memory.copy(live)
     live.kinds["value"][0].zero_()
@@ -30,15 +32,15 @@ def test_a_copy_does_not_follow_the_state() -> None:
 
 def test_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 8500)
-    assert "takes 0.00 GB of host memory" in HostMemory(pinned=False).reserve(part())
+    assert "takes 0.00 GB of host memory" in HostMemory(CPU).reserve(part())
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 9000)
-    memory = HostMemory(pinned=False)
+    memory = HostMemory(CPU)
     assert memory.reserve(part()) == ""
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 0)
     assert memory.reserve(part()) == ""  # it has its room already
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 9000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert HostMemory(pinned=False).reserve(part())  # the other rank wants as much
+    assert HostMemory(CPU).reserve(part())  # the other rank wants as much
 
 
 def test_the_tightest_control_group_counts(tmp_path: Path) -> None:

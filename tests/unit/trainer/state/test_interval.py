@@ -45,15 +45,15 @@ def test_no_other_period_loses_less(stall: float, mtbf_hours: float) -> None:
 
 
 def test_by_hand(clock: list[float]) -> None:
-    """2 s of standing still and a failure a day: 588 s, which are 196 steps of 3 s."""
+    """1.8 s of standing still, 10 s of writing and a failure a day: 588 s, which are 196 steps of 3 s."""
     assert young(2.0, 86400.0) == pytest.approx(587.9, abs=0.1)
-    assert chosen(clock, per_step=3.0, stall=2.0, write=10.0) == 196
-    assert chosen(clock, per_step=3.0, stall=2.0, write=10.0, mtbf_hours=6.0) == 98
+    assert chosen(clock, per_step=3.0, stall=1.8, write=10.0) == 196
+    assert chosen(clock, per_step=3.0, stall=1.8, write=10.0, mtbf_hours=6.0) == 98
 
 
 def test_a_save_is_written_before_the_next_one_comes(clock: list[float]) -> None:
-    assert chosen(clock, per_step=3.0, stall=2.0, write=600.0) == round(2 * 602 / 3)
-    assert chosen(clock, per_step=1e6, stall=2.0, write=600.0) == 1
+    assert chosen(clock, per_step=3.0, stall=2.0, write=3000.0) == round(2 * 3002 / 3)
+    assert chosen(clock, per_step=1e6, stall=2.0, write=3000.0) == 1
 
 
 def test_nothing_is_chosen_before_a_save_was_measured(clock: list[float]) -> None:
