@@ -21,7 +21,7 @@ if __name__ == "__main__":  # started by its path, from the run's copy of the co
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not the folder of this file
 
 from slurm import beat, logs, nodes, rank, slow, stacks
-from slurm.decide import BAD_INPUT, FINAL, STOPPED, Budget, Decision, Ended, charge, decide
+from slurm.decide import BAD_INPUT, FINAL, STOPPED, UNKNOWN, Budget, Decision, Ended, charge, decide
 from slurm.job import Job, read
 from slurm.notes import Notes
 from slurm.spawn import Allocation, SlurmStep, Step, said
@@ -32,6 +32,8 @@ DUMP, DUMP_AT_MOST = 3.0, 9.0  # seconds the ranks have to write their stacks; w
 LOOK = 5.0  # seconds between two readings of the nodes' signs of life
 AGAIN = 10.0  # seconds until ranks that were asked to stop are asked once more
 LAST = 300  # seconds to wait for the end that a requeue brings: who exits first may count as completed
+OUTAGE = 3600.0  # seconds for which a scheduler that does not answer is asked to queue the job again
+ASK_AGAIN, REFUSALS = 10.0, 3  # seconds between two askings; how often one that answers may refuse
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 QUIET = (0, 75, 76, 77, 130)  # ends of which the ranks, or the command, have told a person already
 Spawn = Callable[[str, "dict[str, str]"], Step]  # name and environment of a try -> its ranks
@@ -106,6 +108,8 @@ class Supervisor:
         """One try of the ranks, to its end."""
         beats = beat.folder(self.folder, self.name)
         beats.mkdir(parents=True, exist_ok=True)
+        for old in beats.iterdir():  # of another machine or container where this process had the same number
+            old.unlink()
         told_before = logs.sizes([self.folder / "events" / "rank-00000.jsonl"])
         hosts = self._hosts()
         step = self._start(hosts)
@@ -151,7 +155,7 @@ class Supervisor:
             elif self.asked and now - self.asked_at > self.job.grace:
                 self._dump(step, hosts, f"the ranks did not leave within {self.job.grace:.0f} s")
                 step.end()
-            elif wrong and not self.asked:
+            elif wrong and not (self.asked and now - self.asked_at < self.job.slow):
                 hung = True
                 self._dump(step, hosts, wrong)
                 step.end()
@@ -178,15 +182,20 @@ class Supervisor:
         environment = rank.of_try(self.job, self.name, self.environment, hosts)
         environment["COATNET_RANKS"] = str(self.job.ranks_per_node)
         stem = self.job.state / f"preflight.{self.name}"
-        unfit = nodes.unfit(hosts, self.job.preflight, stem, environment)
+        unfit = nodes.unfit(hosts, self.job.preflight, stem, environment, self.job.srun)
         if not unfit and self.job.links and len(hosts) > 1:
-            unfit = nodes.unfit(hosts, self.job.links, stem.with_name(f"links.{self.name}"), environment)
+            links = stem.with_name(f"links.{self.name}")
+            unfit = nodes.unfit(hosts, self.job.links, links, environment, self.job.srun)
         if not unfit:
             return None
         self.event("preflight", bad=sorted(unfit), said=unfit)
         what = f"not fit: {'; '.join(f'{host}: {said}' for host, said in sorted(unfit.items()))}"
         if len(unfit) == len(hosts) > 1:  # the nodes are not to blame, all at once
             return charge(self.budget, self.notes.saved(), self.job.crashes, f"every node is {what}", 1)
+        if len(hosts) == 1:  # the node, or what every node would say: so many in a row are not to blame
+            decision = charge(self.budget, self.notes.saved(), self.job.crashes, f"the only node is {what}", 1)
+            if decision.action == "finish":
+                return decision
         self.budget.bad_nodes = sorted({*self.budget.bad_nodes, *unfit})
         if len(self._hosts()) in self.job.node_counts:
             return Decision("again", 0, f"{what}; going on with {len(self._hosts())} nodes")
@@ -212,16 +221,36 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # this process outlives the TERM that a requeue brings
         if decision.action == "requeue":
-            assert self.allocation is not None
-            self.notes.notify("fault", decision.why)
-            refused = self.allocation.requeue(self.budget.bad_nodes)
-            if refused and self.allocation.state() == "RUNNING":  # else the scheduler was quicker
+            refused = self._requeue()
+            if refused:
                 self.say(f"{refused}; `coatnet submit` goes on from the newest checkpoint")
                 self.event("decide", action="finish", code=STOPPED, why=refused)
                 self.notes.notify("give-up", refused)
                 return STOPPED
+            self.notes.notify("fault", decision.why)  # only now: what follows may end this process at any time
         _sleep(LAST)
         return STOPPED
+
+    def _requeue(self) -> str:
+        """Queue the job again, as long as that takes; nothing, or why it stays as it is.
+
+        A scheduler that does not answer may be starting anew. One that does and refuses is asked again a few times; and
+        where the job does not run any more the scheduler was quicker.
+        """
+        assert self.allocation is not None
+        end, refusals, refused = time.monotonic() + OUTAGE, 0, ""
+        while time.monotonic() < end:
+            refused = self.allocation.requeue(self.budget.bad_nodes)
+            state = self.allocation.state() if refused else ""
+            if not refused or state not in ("", "RUNNING"):
+                if refused:
+                    self.say(f"{refused} (the job is {state})")
+                return ""
+            refusals += state == "RUNNING"
+            if refusals >= REFUSALS:
+                break
+            _sleep(ASK_AGAIN)
+        return refused
 
     def _try(self, number: int) -> None:
         """Begin a try; its name is unlike any other of the run: job, its requeues, tries in this life."""
@@ -249,7 +278,7 @@ class Supervisor:
         """What the scheduler says of the job."""
         if self.allocation is None:
             return {}
-        return {"outside": self.allocation.state(), "preempted": self.allocation.preempted()}
+        return {"outside": self.allocation.state() or UNKNOWN, "preempted": self.allocation.preempted()}
 
     def _hosts(self) -> list[str]:
         """The nodes that a try uses: fit ones, as many as the batch can be divided over."""

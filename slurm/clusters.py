@@ -8,6 +8,7 @@ r"""Cluster profiles: small TOML files with what differs between clusters and ne
     constraint = "h100"
     time = "3-00:00:00"
     gpus = true                    # false: a cluster of processors
+    gpu = "h100"                   # which, for the planner: a name of `coatnet plan --gpu`, or a file
     gpu_option = "gpus_per_node"   # or "gres", for clusters without --gpus-per-node
     interface = "ib0"              # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
     container = "apptainer exec --nv /images/coatnet.sif"
@@ -57,6 +58,7 @@ class Profile:
     constraint: str = ""
     time: str = ""
     gpus: bool = True
+    gpu: str = ""
     gpu_option: str = "gpus_per_node"
     interface: str = ""
     container: str = ""

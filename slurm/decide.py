@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 DONE, STOPPED, BAD_INPUT, DIVERGED = 0, 75, 76, 77  # the trainer's exit codes
 FINAL = (BAD_INPUT, DIVERGED)  # another try would end the same way
+UNKNOWN = "UNKNOWN"  # the state of a job whose scheduler does not answer
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Ended:
         hung: whether the supervisor killed them because nothing moved.
         step: the last update that the ranks told of, 0 for none.
         saved: the one of the newest checkpoint.
-        outside: what the scheduler says of the job, such as "RUNNING" or "COMPLETING"; empty without a scheduler.
+        outside: what the scheduler says of the job, such as "RUNNING" or "COMPLETING"; `UNKNOWN` where it does not
+            answer, empty without a scheduler.
         preempted: whether the scheduler is about to take the nodes away, and has the job run on for its grace time.
         lost: nodes that no longer answer.
     """
@@ -136,6 +138,8 @@ def _asked_from_outside(ended: Ended, requeue: bool) -> Decision:
     A cancelled job, and one that SLURM queues again by itself, are completing: to requeue these would bring a
     cancelled job back. Ranks stop by themselves too, before the known end of the job.
     """
+    if ended.outside == UNKNOWN:  # a person's word would have left the file `stop`
+        return _later(requeue, "the ranks stopped and saved, and the scheduler does not answer")
     if ended.outside == "RUNNING":
         return _later(requeue, "the ranks were asked to stop" if ended.asked else "the ranks stopped and saved")
     if ended.outside:

@@ -21,7 +21,9 @@ PATIENCE = 900.0  # seconds that a preflight command may take
 GOOD, BAD = "healthy", "unhealthy"
 
 
-def unfit(hosts: Sequence[str], command: Sequence[str], stem: Path, environment: dict[str, str]) -> dict[str, str]:
+def unfit(
+    hosts: Sequence[str], command: Sequence[str], stem: Path, environment: dict[str, str], srun: Sequence[str] = ()
+) -> dict[str, str]:
     """The hosts that are not fit, each with what it said.
 
     Where no host answers at all the scheduler is the one that does not work: then none is blamed.
@@ -31,10 +33,11 @@ def unfit(hosts: Sequence[str], command: Sequence[str], stem: Path, environment:
         command: words that are run on each, as a step of the job; empty: it is enough that they answer.
         stem: of files with what the nodes say, followed by their names.
         environment: of the step.
+        srun: more options for srun, such as the container that the ranks run in.
     """
     script = f"({' '.join(command)}) && echo {GOOD} || echo {BAD}" if command else f"echo {GOOD}"
     words = ["srun", "--overlap", f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}", f"--ntasks={len(hosts)}"]
-    words += ["--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--output={stem}.%N", "bash", "-c", script]
+    words += ["--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--output={stem}.%N", *srun, "bash", "-c", script]
     told = {**environment, "COATNET_ASKED_AT": str(time.time())}
     step = subprocess.Popen(words, env=told, stdin=subprocess.DEVNULL, start_new_session=True)
     try:

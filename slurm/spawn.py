@@ -24,6 +24,7 @@ _KILLED_BY = {
     "Killed": 137, "Terminated": 143, "Aborted": 134, "Segmentation fault": 139, "Bus error": 135,
     "Out Of Memory": 137, "Aborted (core dumped)": 134, "Segmentation fault (core dumped)": 139,
 }  # fmt: skip
+RELEASES, RELEASE_PAUSE = 30, 10.0  # how often a held job is released until it is, seconds between
 WAIT = 180  # seconds the other ranks have once one has left as it should, before srun ends them
 
 
@@ -95,12 +96,17 @@ class Allocation:
         if not bad:
             return refused("scontrol", "requeue", self.name)
         without = ",".join(filter(None, (self._fact("ExcNodeList"), *bad)))  # some were excluded by the user
-        # The list can only be changed while the job is not eligible.
-        return (
-            refused("scontrol", "requeuehold", self.name)
-            or refused("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={without}")
-            or refused("scontrol", "release", self.name)
-        )
+        # The list can only be changed while the job is not eligible. It is released whatever becomes of the list.
+        held = refused("scontrol", "requeuehold", self.name)
+        if held:
+            return held
+        changed = refused("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={without}")
+        for _ in range(RELEASES):
+            released = refused("scontrol", "release", self.name)
+            if not released:
+                break
+            time.sleep(RELEASE_PAUSE)
+        return released or (f"queued again, but {', '.join(bad)} may be used: {changed}" if changed else "")
 
 
 def telling_code(said: str, code: int) -> int:

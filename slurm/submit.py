@@ -213,6 +213,8 @@ def send(folder: Path, code: Path, request: Request, profile: Profile, elements:
             found = executor(folder, code, after, profile)
             sent.append(str(found.submit(Start(str(folder / "job-0.json"))).job_id))
     except Exception as error:
+        if sent:  # the beginning of a chain, of which nobody would know
+            scheduler.ask("scancel", *sent)
         if type(error).__name__ != "FailedJobError":
             raise
         raise refusal(str(error)) from None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slurm.decide import Budget, Ended, decide
+from slurm.decide import UNKNOWN, Budget, Ended, decide
 
 TABLE = {
     "finished": (Ended(0, done=True), "finish", 0),
@@ -10,6 +10,7 @@ TABLE = {
     "a check of some steps": (Ended(0), "finish", 0),
     "bad input": (Ended(76), "finish", 76),
     "diverged": (Ended(77), "finish", 77),
+    "time limit told by the ranks, no scheduler": (Ended(75, outside=UNKNOWN), "requeue", 0),
     "stop file": (Ended(75, wanted=True, outside="RUNNING"), "finish", 75),
     "time limit": (Ended(75, asked="time", outside="RUNNING"), "requeue", 0),
     "time limit, ranks stuck": (Ended(137, asked="time", outside="RUNNING"), "requeue", 0),

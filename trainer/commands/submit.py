@@ -13,12 +13,14 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.schema import Run
 from configs.tars import resampled
+from data_pipeline.errors import DataError
 from data_pipeline.manifest import open_dataset
 from models import spec
 from slurm import clusters, job, local, snapshot, submit
 from trainer.commands.config import Arguments, resolve_command
 from trainer.commands.train import refuse_another_run, write_run
 from trainer.plan import layout
+from trainer.planning import auto
 
 CHECK_STEPS = 50
 
@@ -81,6 +83,8 @@ def submit_command(arguments: list[str]) -> int:
         )
     counts = _node_counts(options.nodes, options.gpus_per_node, runs)
     _check_data(runs, profile)
+    for run in runs:
+        _advise(run, profile, counts, options.gpus_per_node)
     place, code = _places(runs)
     name = runs[0].name or runs[0].recipe
     if len(runs) > 1:
@@ -190,13 +194,36 @@ def _node_counts(text: str, per_node: int, runs: list[Run]) -> tuple[int, ...]:
     for nodes in range(first, last + 1):
         try:
             for run in runs:
-                layout(run, nodes * per_node)
+                layout(auto.open_layout(run) if run.parallel.layout == "auto" else run, nodes * per_node)
             good.append(nodes)
         except InputError as error:
             reason = str(error)
     if not good:
         raise InputError(f"--nodes {text} x --gpus-per-node {per_node}: {reason}")
     return tuple(good)
+
+
+def _advise(run: Run, profile: clusters.Profile, counts: tuple[int, ...], per_node: int) -> None:
+    """Tell the layout that a run would get on the smallest of these numbers of nodes, or what a better one would save.
+
+    Raises:
+        InputError: the planner chooses the layout, and none fits; with the smallest number of devices that would do.
+    """
+    device = profile.gpu if profile.gpus else "cpu"
+    if not device:
+        print("layout: the profile does not say which GPU (`gpu`), so the planner was not asked", file=sys.stderr)
+        return
+    try:
+        advice = auto.advise_for(run, counts[0] * per_node, per_node, device)
+    except (InputError, DataError) as error:
+        if run.parallel.layout == "auto":
+            raise
+        print(f"layout: the planner has no advice: {error}", file=sys.stderr)
+        return
+    where = f"{counts[0]} nodes of {per_node} x {device}"
+    told = f"auto: {advice.words}, {advice.days:.3g} days" if run.parallel.layout == "auto" else str(advice)
+    if told:
+        print(f"layout: {told}, on {where}", file=sys.stderr)
 
 
 def _check_data(runs: list[Run], profile: clusters.Profile) -> None:

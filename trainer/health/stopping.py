@@ -62,6 +62,7 @@ class StopFlag:
         self._folder: Path | None = None
         self._end, self._looked, self._last = math.inf, -math.inf, math.inf
         self._gaps: deque[float] = deque(maxlen=16)
+        self._save_seconds = UNMEASURED  # of a save, as they were told last
         for number in SIGNALS:
             signal.signal(number, self._ask)
 
@@ -79,12 +80,13 @@ class StopFlag:
         The exchange started by one call is read by the next, so that no rank waits for the slowest here.
 
         Args:
-            save: seconds that a save takes, None where none was measured.
+            save: seconds that a save takes; None: as far as is known.
         """
         now = time.monotonic()
         self._gaps.append(max(0.0, now - self._last))
         self._last = now
-        self._look(now, UNMEASURED if save is None else save)
+        self._save_seconds = self._save_seconds if save is None else save
+        self._look(now, self._save_seconds)
         self._read()
         self._exchange(member)
         return self.stopping

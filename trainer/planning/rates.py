@@ -8,6 +8,7 @@ all that a sum of kernels leaves out. None of them was measured with this traine
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -94,8 +95,9 @@ class Rates:
         """Write them into a folder; returns the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.name
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        return path
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return aside.replace(path)
 
 
 _FITTED = ("forward", "backward", "update", "hooks", "copies", "settling", "wire", "network", "host")

@@ -1,5 +1,6 @@
 """What a run's folder tells: its figures, events, cost and examples, read once for every part of the page."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -171,7 +172,7 @@ def facts(folder: Path) -> Facts:
             environment=_json(folder / "environment.json") or {},
             scores=scores,
             examples=_json(folder / track.EXAMPLES),
-            bad_samples=[json.loads(line) for line in lost.read_text().splitlines()] if lost.exists() else [],
+            bad_samples=_whole(lost),
             machines={file.stem: unread(file, Mark())[0] for file in sorted((folder / SYSTEM).glob("*.jsonl"))},
             clock=goodput.last_line(folder / "events" / goodput.FILE),
         )
@@ -179,6 +180,15 @@ def facts(folder: Path) -> Facts:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder}: cannot be read as a run's folder: {error!r}") from error
+
+
+def _whole(path: Path) -> list[Any]:
+    """The whole lines of a file of JSON lines; what a kill has left of others is passed over."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _bill(folder: Path) -> Bill | None:

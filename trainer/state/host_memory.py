@@ -68,7 +68,7 @@ class HostMemory:
         """
         if after is None:
             return self._copied(snapshot)
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):  # type: ignore[no-untyped-call]
             stream = torch.cuda.current_stream()
             stream.wait_event(after)
             copied = self._copied(snapshot)

@@ -156,6 +156,8 @@ def prune(root: Path, wish: Checkpoint, step: int, reach: int = 0) -> list[str]:
     scores = _scores(root)
     problems = [f"{root / SCORES} is damaged: the best checkpoint so far is not known"] if scores is None else []
     stay = kept(sorted(good), wish, scores or {}, reach) | {step}
+    if scores is None and wish.keep_best:  # any of them may be the best
+        stay |= good
     if len(stay & good) == 1 < len(good):
         bad = damage(step_folder(root, step), afresh=True)
         if bad:

@@ -85,7 +85,10 @@ class Position:
 
 
 def unread(metrics: Path, mark: Mark) -> tuple[list[Line], Mark]:
-    """The whole lines of `metrics` behind `mark`, and the mark behind them; a line still being written waits."""
+    """The whole lines of `metrics` behind `mark`, and the mark behind them; a line still being written waits.
+
+    What a full disk or a kill has left of a line is passed over, and counts as one.
+    """
     if not metrics.exists():
         return [], mark
     with metrics.open("rb") as file:
@@ -94,7 +97,10 @@ def unread(metrics: Path, mark: Mark) -> tuple[list[Line], Mark]:
     whole = rest[: rest.rfind(b"\n") + 1]
     lines = []
     for number, text in enumerate(whole.splitlines(), start=mark.lines):
-        values = json.loads(text)
-        step, time = values.pop("step"), values.pop("time")
+        try:
+            values = json.loads(text)
+            step, time = values.pop("step"), values.pop("time")
+        except (ValueError, KeyError, AttributeError):
+            continue
         lines.append(Line(number, step, time, values))
-    return lines, Mark(mark.offset + len(whole), mark.lines + len(lines))
+    return lines, Mark(mark.offset + len(whole), mark.lines + len(whole.splitlines()))

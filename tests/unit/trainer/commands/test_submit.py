@@ -1,12 +1,14 @@
 """`coatnet submit` without a scheduler: mistakes are refused before anything is asked of one, or written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from configs import resolve
 from configs.errors import InputError
-from trainer.commands.submit import _node_counts, _places, _sweep, submit_command
+from slurm.clusters import Profile
+from trainer.commands.submit import _advise, _node_counts, _places, _sweep, submit_command
 
 WORDS = ("demo-digits", "--gpus-per-node", "1", "--data.global-batch", "32", "--norm.replica-batch", "16")
 
@@ -35,6 +37,31 @@ def test_mistakes_are_refused_at_once(words: tuple[str, ...], said: str, tmp_pat
         submit_command([*WORDS, "--runs", str(tmp_path / "runs"), *words])
     assert said in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+PROFILE = Profile(gpu="h100")
+
+
+def test_a_pinned_layout_is_told_what_a_better_one_would_save(capsys: pytest.CaptureFixture[str]) -> None:
+    run = resolve.load("coatnet5-jft300m-224")
+    slow = replace(run, parallel=replace(run.parallel, recompute="full", zero=3, micro_batch=8))
+    _advise(slow, PROFILE, (8,), 8)
+    told = capsys.readouterr().err
+    assert "layout: --parallel.layout auto would take" in told
+    assert "days less" in told
+    assert "8 nodes of 8 x h100" in told
+    _advise(slow, Profile(), (8,), 8)
+    assert "does not say which GPU" in capsys.readouterr().err
+
+
+def test_a_layout_that_is_left_open_is_chosen_before_anything_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    run = resolve.load("coatnet7-jft3b-224")
+    left_open = replace(run, parallel=replace(run.parallel, layout="auto", micro_batch=3))
+    assert _node_counts("16", 8, [left_open]) == (16,)
+    _advise(left_open, PROFILE, (16,), 8)
+    assert "layout: auto: " in capsys.readouterr().err
+    with pytest.raises(InputError, match="rtx4090"):
+        _advise(left_open, Profile(gpu="rtx4090"), (1,), 1)
 
 
 def test_a_sweep_is_every_combination_in_a_folder_of_its_own() -> None:

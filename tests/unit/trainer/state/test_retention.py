@@ -77,6 +77,16 @@ def test_damaged_scores_are_told(tmp_path: Path, member: Member) -> None:
     assert "the best checkpoint so far is not known" in told
 
 
+def test_none_goes_while_the_best_is_not_known(tmp_path: Path, member: Member) -> None:
+    for step in (1, 2, 3):
+        saved(tmp_path, step, member)
+    (tmp_path / retention.SCORES).write_text("{")
+    retention.prune(tmp_path, Checkpoint(keep=1, keep_best="eval/top1"), 3)
+    assert steps(tmp_path) == [1, 2, 3]
+    retention.prune(tmp_path, Checkpoint(keep=1), 3)
+    assert steps(tmp_path) == [3]
+
+
 def test_the_only_one_left_is_read_back_first(tmp_path: Path, member: Member) -> None:
     saved(tmp_path, 1, member)
     file = saved(tmp_path, 2, member) / "rank-00000.safetensors"

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from configs import resolve
 from configs.schema import Run
 from trainer import cli
-from trainer.tracking.destination import Position
+from trainer.tracking.destination import Mark, Position, unread
 from trainer.tracking.track import CarryProcess, RunLog, tracking_uri, wanted
 
 Points = list[tuple[int, float]]  # (step, train/loss)
@@ -256,3 +256,12 @@ def test_track_refuses_wrong_words(run: Run, capfd: pytest.CaptureFixture[str]) 
     for words, said in ((["sink", "x"], "did you mean 'sync'"), (["sync", "nowhere"], "not a run folder")):
         assert cli.main(["track", *words]) == 76
         assert said in capfd.readouterr().err
+
+
+def test_what_a_full_disk_left_of_a_line_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "time": 1.0, "a": 1}\n\n{"step": 2, "ti\n{"step": 3, "time": 3.0}\n{"step"')
+    lines, mark = unread(path, Mark())
+    assert [(line.number, line.step) for line in lines] == [(0, 1), (3, 3)]
+    assert mark.lines == 4
+    assert unread(path, mark) == ([], mark)
