@@ -160,7 +160,9 @@ def test_tasks_that_reach_their_time_limit_go_on(cluster: Lab, tmp_path: Path, p
         cluster.until(lambda: all("stopped, " in log.read_text() for log in logs), "the tasks' word")
         released.set()
         held.clear()
+        time.sleep(3)  # a job that starts in the moment in which it was queued again finds its credential revoked
         cluster.until(lambda: scheduler.over(*scheduler.states(merge).values()), "the merge", hurry=True)
+        assert scheduler.states(merge) == {merge: "COMPLETED"}, scheduler.states(array)
         server.shutdown()
     assert all("the same command goes on there" in log.read_text() for log in logs)
     here, there = open_dataset(tmp_path / "here"), open_dataset(out)
