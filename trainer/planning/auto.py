@@ -10,7 +10,7 @@ from trainer.planning import answer, data_set
 from trainer.planning.data_set import Size
 from trainer.planning.machines import Machines
 
-WORTH = 0.03  # of the time: less is within the estimate's error
+WORTH, WORTH_DAYS = 0.03, 0.01  # of the time: less is within the estimate's error; and less than this is nothing
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Advice:
 
     def __str__(self) -> str:
         """One line for `coatnet submit` of a pinned layout; empty where nothing would be gained."""
-        if self.saved is None or self.saved < WORTH * (self.days + self.saved):
+        if self.saved is None or self.saved < max(WORTH_DAYS, WORTH * (self.days + self.saved)):
             return ""
         return f"--parallel.layout auto would take {self.saved:.3g} days less: {self.words}, {self.days:.3g} days"
 
