@@ -41,6 +41,7 @@ SAFE: list[Any] = [
         "runtime.zero.config.ZeroStageEnum",
     )
 ]
+SAFE.append((Inert, "builtins.getattr"))  # by which Python 3.11.0 to 3.11.3 wrote the members of an enumeration
 
 
 def located(path: Path, tag: str = "") -> Path | None:
