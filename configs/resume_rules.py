@@ -14,6 +14,7 @@ FREE = (
     "runs",
     "steps",
     "profile",
+    "profile_trace",
     "data.path",
     "data.mixture",
     "data.workers",

@@ -309,6 +309,7 @@ class Run:
     seed: int = 0
     steps: int = 0  # stop after so many updates without changing the schedule, to check a machine; 0 is the whole run
     profile: str = ""  # FROM:TO: look into the steps after update FROM up to update TO, see trainer/bench/profiling.py
+    profile_trace: bool = True  # of the last two of them a trace and a memory snapshot too, which take seconds to write
     model: Model = field(default_factory=Model)
     init: Init = field(default_factory=Init)
     norm: Norm = field(default_factory=Norm)

@@ -5,7 +5,8 @@ B: samples, S: sub-layers that stochastic depth may drop, K: classes.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,9 @@ from models.attention import Backend, Lookup, RelativeAttention, relative_index
 from models.blocks import Block, Choices, Head, MBConv, Patches, Stem, Transformer
 from models.design import BlockSpec, Resolution, Spec, Stride
 from models.norm import BatchNorm
+
+DRAWERS = 4  # threads that draw the weights of a block
+LARGE = 1 << 20  # elements of a block from which on threads are worth it
 
 RunBlock = Callable[[Callable[..., Any], Tensor, Tensor | None], Tensor]
 
@@ -266,9 +270,10 @@ def initialise_block(
         seed: any integer.
         head_bias: the classifier's bias, used if the block is the head.
     """
+    drawn: dict[str, Tensor] = {}
     for path, module in block.named_modules(prefix=name):
         if isinstance(module, nn.Conv2d | nn.Linear):
-            _draw(f"{path}.weight", module.weight, seed, kernel_std)
+            drawn[f"{path}.weight"] = module.weight
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, nn.LayerNorm | BatchNorm):
@@ -279,14 +284,26 @@ def initialise_block(
             module.running_var.fill_(1.0)
             module.pending.zero_()
         elif isinstance(module, RelativeAttention) and module.form != "none":
-            _draw(f"{path}.table", module.table, seed, kernel_std)
+            drawn[f"{path}.table"] = module.table
             module.index.copy_(relative_index(*module.grid, device=module.index.device))
+    _draw(drawn, seed, kernel_std)
     if isinstance(block, Head):
         block.classifier.bias.copy_(torch.as_tensor(head_bias))
 
 
-def _draw(name: str, parameter: Tensor, seed: int, std: float) -> None:
-    """Fill `parameter` with normal(0, std), drawn on the CPU so that every device starts from the same values."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+def _draw(drawn: Mapping[str, Tensor], seed: int, std: float) -> None:
+    """Fill parameters with normal(0, std), drawn on the CPU so that every device starts from the same values.
+
+    Each has a generator of its own, so large ones are drawn side by side: CoAtNet-7 takes a core most of a minute.
+    """
+
+    def fill(name: str) -> None:
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        shape = drawn[name].shape
+        with torch.no_grad():  # which holds for one thread only
+            drawn[name].copy_(torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+
+    threads = DRAWERS if sum(tensor.numel() for tensor in drawn.values()) >= LARGE else 1
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, drawn))

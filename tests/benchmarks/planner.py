@@ -6,13 +6,16 @@ Writes the record `planner-cpu` to FOLDER, tests/records unless it is given. The
 and are not made again while they are there, so that a campaign goes on where it was cut short; --only N stops after N
 new runs. On two cores the whole takes about 25 minutes, one run after the other, and 8 GB of memory.
 
-With --gpu the same on the first GPU of this machine, CoAtNet-0 to -7 without a pipeline: `planner-cuda`; 80 GB.
+With --gpu the same on the first GPU of this machine, CoAtNet-0 to -7 without a pipeline: `planner-cuda`; 80 GB. A run
+that fails there is left out, and named in the record; --seconds N begins no new run after so long.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from configs.schema import Run  # noqa: E402
 from models.activations import Device  # noqa: E402
 from tests.parallel import planned  # noqa: E402
+from trainer import launch  # noqa: E402
 from trainer.bench import record as bench  # noqa: E402
 from trainer.bench import step as bench_step  # noqa: E402
 from trainer.machine import environment  # noqa: E402
@@ -74,24 +78,60 @@ def facts_of(runs: Path, run: Run) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, only: int, device: Device) -> None:
+@dataclass
+class Budget:
+    """New runs that may still begin, and until when; below zero and infinity: all."""
+
+    runs: int
+    until: float
+
+    def spent(self) -> bool:
+        """Whether no other run may begin; counts it if it may."""
+        self.runs -= 1
+        return self.runs == -1 or time.monotonic() > self.until
+
+
+Ranks = list[dict[str, Any]]
+
+
+def measured(cells: list[planned.Cell], runs: Path, start: planned.Start, budget: Budget) -> dict[planned.Cell, Ranks]:
+    """What the ranks of each cell noted, of those on a GPU without the ones that failed."""
+    found = {}
+    for cell in cells:
+        if not (runs / cell.name / "planned-rank-00000.json").exists() and budget.spent():
+            print(f"stopped before {cell.name}")
+            continue
+        try:
+            found[cell] = planned.measure(cell, runs, start)
+        except Exception as error:
+            if cell.device == "cpu":
+                raise
+            print(f"{cell.name}: {error!r}", flush=True)
+    return found
+
+
+def starter(device: Device) -> planned.Start:
+    """How runs are started: each as processes of its own, on a GPU all in this one."""
+    if device == "cpu":
+        return launch.launch
+    from tests.parallel import inline  # imports torch and DeepSpeed, which the runs on a processor must not find there
+
+    return inline.start
+
+
+def main(folder: Path, budget: Budget, device: Device) -> None:
     """Measure what is missing, score all, write."""
     runs = ROOT / "runs" / "benchmarks" / f"planner-{device}"
-    began = time.perf_counter()
+    start = starter(device)
     cells = planned.cells(device)
     facts = facts_of(runs, cells[0].run)
-    speed = planned.rates_from(planned.learn(runs, device), facts["device"])
-    found: list[planned.Score] = []
-    quiet = {}
-    for cell in cells:
-        fresh = not (runs / cell.name / "planned-rank-00000.json").exists()
-        if fresh and only == 0:
-            print(f"stopped before {cell.name}, after {time.perf_counter() - began:.0f} s")
-            return
-        only -= fresh
-        ranks = planned.measure(cell, runs)
-        quiet[cell.name] = planned.disturbed(ranks)
-        found += planned.scores(cell, ranks, speed, facts["device"])
+    learnt = planned.learn(runs, device, start)
+    noted = measured(cells, runs, start, budget)
+    missing = [cell.name for cell in cells if cell not in noted]
+    if missing and device == "cpu":
+        return
+    speed = planned.rates_from(learnt, facts["device"])
+    found = [score for cell, ranks in noted.items() for score in planned.scores(cell, ranks, speed, facts["device"])]
     print(table(found))
     record = bench.Record(
         name=f"planner-{device}",
@@ -99,8 +139,9 @@ def main(folder: Path, only: int, device: Device) -> None:
         facts=facts,
         config={
             "columns": COLUMNS, "bounds": planned.BOUNDS, "sizes": planned.SIZES[device],
-            "learnt from": planned.LEARNT[device],
-            "rates": vars(speed), "others' share of the machine": quiet,
+            "learnt from": planned.LEARNT[device], "not measured": missing,
+            "rates": vars(speed),
+            "others' share of the machine": {cell.name: planned.disturbed(ranks) for cell, ranks in noted.items()},
             "measured": {f"{score.cell.name}, {score.rank}": score.measured for score in found},
             "foretold": {f"{score.cell.name}, {score.rank}": score.foretold for score in found},
         },
@@ -115,6 +156,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "tests" / "records")
     parser.add_argument("--only", type=int, default=-1, metavar="N", help="new runs in this call")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no new run begins")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
-    main(options.folder, options.only, "cuda" if options.gpu else "cpu")
+    limits = Budget(options.only, time.monotonic() + options.seconds)
+    main(options.folder, limits, "cuda" if options.gpu else "cpu")

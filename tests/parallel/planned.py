@@ -9,7 +9,7 @@ seconds of a step. Of seconds the fastest step counts: other programs only add.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,8 @@ from trainer.planning import beside, fit, rates
 from trainer.planning.choose import Planner
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
+
+Start = Callable[..., int]  # as `trainer.launch.launch`
 
 CLASSES = 1000
 # What may be wrong, as a share.
@@ -132,14 +134,18 @@ def cells(device: Device = "cpu") -> list[Cell]:
     return found + [Cell("coatnet0", zero, "full", 2, 4) for zero in (1, 2, 3)]
 
 
-def learn(folder: Path, device: Device = "cpu") -> list[Observation]:
-    """The runs behind the rates; those that are there already are read."""
+def learn(folder: Path, device: Device = "cpu", start: Start = launch) -> list[Observation]:
+    """The runs behind the rates; those that are there already are read.
+
+    Args:
+        start: starts the ranks of a run.
+    """
     found = []
     for model in LEARNT[device]:
         for number, run in enumerate(bench_step.variants(recipe(model, device), LEARNERS[device])):
             place = folder / f"learn-{model}-{number}"
             if not (place / "profile" / f"rank-{run.cluster.ranks - 1:05d}.json").exists():
-                bench_step.observe(run, place)
+                bench_step.observe(run, place, start=start)
                 print(place.name, flush=True)
             found.append(bench_step.observed(place))
     return found
@@ -171,8 +177,11 @@ def rates_from(observed: Sequence[Observation], name: str = "cpu") -> Rates:
     return bench_step.fitted(observed, machines(name, len(observed[0].ranks)), assumed(name), "eager")
 
 
-def measure(cell: Cell, folder: Path) -> list[dict[str, Any]]:
+def measure(cell: Cell, folder: Path, start: Start = launch) -> list[dict[str, Any]]:
     """What each rank of a cell noted; read where it is there already.
+
+    Args:
+        start: starts the ranks of a run.
 
     Raises:
         RuntimeError: the run failed; its logs are in the folder.
@@ -184,7 +193,7 @@ def measure(cell: Cell, folder: Path) -> list[dict[str, Any]]:
         place.mkdir(parents=True, exist_ok=True)
         (place / "run.json").write_text(resolve.to_json(run) + "\n")
         words = ["tests.parallel.planned_rank", str(place / "run.json")]
-        code = launch(words, cell.world, place / "logs", free_port(), cell.device == "cpu")
+        code = start(words, cell.world, place / "logs", free_port(), cell.device == "cpu")
         if code:
             raise RuntimeError(f"{cell.name} ended with {code}; see {place / 'logs'}")
         print(cell.name, flush=True)

@@ -9,7 +9,8 @@
     profile/memory-rank-00000.json  on a CPU, where torch keeps no history: what the trace's allocations add up to, the
                                     peak and which operations had allocated it, beside the process's own size
 
-Blocks are timed in the steps that are not traced, unless there are only two: the profiler makes every operation slower.
+The trace and the memory only where `profile_trace` is on, which it is unless a run says otherwise. Blocks are timed in
+the steps that are not traced, unless there are only two: the profiler makes every operation slower.
 """
 
 import json
@@ -59,7 +60,8 @@ class Profile:
         assert steps is not None, "a run without a profile has none"
         assert isinstance(engine.model, CoAtNet)
         self.first, self.last = steps
-        self._traced_from = max(self.first, self.last - TRACED + 1)
+        # Of a run without a trace no step is a traced one.
+        self._traced_from = max(self.first, self.last - TRACED + 1) if run.profile_trace else self.last + 1
         self._peak = 0
         self._run, self._classes, self._engine, self._base = run, classes, engine, base
         self._folder = folder / FOLDER

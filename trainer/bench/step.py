@@ -29,7 +29,8 @@ from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
 
 STEPS = 8
-WATCHED = "1:8"  # of them, the last two of which are traced
+WATCHED = "1:8"  # of them
+LOADERS = 2  # processes for a GPU, which would wait for its batches otherwise
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,19 @@ def _variant(run: Run, ranks: int, zero: Literal[0, 1, 2, 3], micro: int, accumu
     )  # fmt: skip
     if parallel.compile and zero == 3:
         parallel = replace(parallel, compile=False)  # DeepSpeed cannot; its hooks are measured all the same
-    return training(replace(run, parallel=parallel), ranks, ranks * micro * accumulation, micro)
+    changed = training(replace(run, parallel=parallel), ranks, ranks * micro * accumulation, micro)
+    return replace(changed, profile_trace=zero == 0 and accumulation == 1)  # the others' would show the same blocks
 
 
 def training(run: Run, ranks: int, batch: int, group: int) -> Run:
     """A short training of a run's network on made-up pictures, which writes its profile and keeps nothing."""
+    workers = 0 if fit.kind_of(run) == "cpu" else LOADERS
     changed = replace(
         run,
         steps=STEPS,
         profile=WATCHED,
         norm=replace(run.norm, replica_batch=group),
-        data=replace(run.data, synthetic=True, mixture=(), global_batch=batch, workers=0),
+        data=replace(run.data, synthetic=True, mixture=(), global_batch=batch, workers=workers),
         optim=replace(run.optim, steps=10 * STEPS, warmup_steps=0, warmup_epochs=0.0),
         tracking=replace(run.tracking, mlflow=False, tensorboard=False, wandb=False, log_every=STEPS, system_every=0.0),
         evaluate=replace(run.evaluate, every=0),
@@ -107,11 +110,14 @@ def training(run: Run, ranks: int, batch: int, group: int) -> Run:
     return changed
 
 
-def observe(run: Run, folder: Path, module: Sequence[str] = ("trainer.train",)) -> Observation:
+def observe(
+    run: Run, folder: Path, module: Sequence[str] = ("trainer.train",), start: Callable[..., int] = launch
+) -> Observation:
     """Train a run of `training` in `folder` and read what it wrote.
 
     Args:
         module: of the ranks, and its first words.
+        start: starts the ranks and waits for them, as `launch` does.
 
     Raises:
         InputError: it failed; its logs say why.
@@ -120,7 +126,7 @@ def observe(run: Run, folder: Path, module: Sequence[str] = ("trainer.train",)) 
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(resolve.to_json(run) + "\n")
     on_cpu = fit.kind_of(run) == "cpu"
-    code = launch([*module, str(folder / "run.json")], run.cluster.ranks, folder / "logs", free_port(), on_cpu)
+    code = start([*module, str(folder / "run.json")], run.cluster.ranks, folder / "logs", free_port(), on_cpu)
     if code:
         raise InputError(f"{folder}: the measuring run ended with {code}; see {folder / 'logs'}")
     return observed(folder)

@@ -49,6 +49,19 @@ def test_every_rank_times_its_blocks(trained: bench_step.Observation) -> None:
         assert content["peak_bytes"] > 100_000_000
 
 
+def test_without_a_trace_every_step_counts(tmp_path: Path) -> None:
+    run = resolve.load("demo-digits")
+    run = replace(
+        run, model=replace(run.model, resolution=32), cluster=replace(run.cluster, device="cpu"),
+        parallel=replace(run.parallel, micro_batch=4),
+    )  # fmt: skip
+    run = replace(bench_step.training(run, 1, 4, 4), profile="1:4", profile_trace=False, steps=5)
+    found = bench_step.observe(run, tmp_path / "profiled")
+    assert found.ranks[0]["traced"] == []
+    assert len(found.steps(0, 0)) == 3
+    assert sorted(path.name for path in folder_of(found).iterdir()) == ["blocks.txt", "rank-00000.json"]
+
+
 def test_the_first_rank_writes_a_table_and_each_stage_a_trace(trained: bench_step.Observation) -> None:
     folder = folder_of(trained)
     table = (folder / "blocks.txt").read_text()
