@@ -47,25 +47,30 @@ def table(found: list[planned.Score]) -> str:
     return "\n".join(rows)
 
 
-def summarise(found: list[planned.Score], speed: Rates, machines: Machines) -> dict[str, str]:
-    """The worst and the mean error of each figure, over what was not learnt from."""
-    lines = {}
-    for name in COLUMNS:
-        wrong = {
-            f"{score.cell.name}, rank {score.rank}": score.wrong()[name] for score in found if name in score.wrong()
-        }
-        worst = max(wrong, key=lambda key: abs(wrong[key]))
-        mean = sum(map(abs, wrong.values())) / len(wrong)
-        kept = sum(abs(value) <= planned.BOUNDS[name] for value in wrong.values())
-        lines[name] = (
-            f"{mean:.1%} off on the average, {wrong[worst]:+.1%} at most ({worst}); {kept} of {len(wrong)} within "
-            f"{planned.BOUNDS[name]:.0%}"
-        )
+def summarise(found: list[planned.Score], speed: Rates, machines: Machines, device: Device) -> dict[str, str]:
+    """The worst and the mean error of each figure, and apart those of networks that were not learnt from."""
+    others = [score for score in found if score.cell.model not in planned.LEARNT[device]]
+    lines = {name: errors(found, name) for name in COLUMNS}
+    lines |= {f"{name}, networks not learnt from": errors(others, name) for name in COLUMNS}
     return {
         "cells": str(len({score.cell for score in found})),
-        **lines,
+        **{name: line for name, line in lines.items() if line},
         **bench_step.shown(speed, machines),
     }
+
+
+def errors(found: list[planned.Score], name: str) -> str:
+    """Of one figure, in a line; empty where it was not measured."""
+    wrong = {f"{score.cell.name}, rank {score.rank}": score.wrong()[name] for score in found if name in score.wrong()}
+    if not wrong:
+        return ""
+    worst = max(wrong, key=lambda key: abs(wrong[key]))
+    mean = sum(map(abs, wrong.values())) / len(wrong)
+    kept = sum(abs(value) <= planned.BOUNDS[name] for value in wrong.values())
+    return (
+        f"{mean:.1%} off on the average, {wrong[worst]:+.1%} at most ({worst}); {kept} of {len(wrong)} within "
+        f"{planned.BOUNDS[name]:.0%}"
+    )
 
 
 def facts_of(runs: Path, run: Run) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def main(folder: Path, budget: Budget, device: Device) -> None:
         },
         unit="foretold over measured, less one, in the order of config.columns",
         samples={f"{score.cell.name}, {score.rank}": list(score.wrong().values()) for score in found},
-        summary=summarise(found, speed, planned.machines(facts["device"], planned.LEARNERS[device])),
+        summary=summarise(found, speed, planned.machines(facts["device"], planned.LEARNERS[device]), device),
     )  # fmt: skip
     print(record.write(folder))
 

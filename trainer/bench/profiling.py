@@ -14,6 +14,7 @@ the steps that are not traced, unless there are only two: the profiler makes eve
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,8 @@ class Profile:
             return
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self._cuda:
+            # Else the driver's tracing stays on, and every step that follows starts its kernels more slowly.
+            os.environ.setdefault("TEARDOWN_CUPTI", "1")
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         self._profiler = torch.profiler.profile(activities=kinds, profile_memory=True)

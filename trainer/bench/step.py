@@ -24,7 +24,7 @@ from trainer.plan import Layout, layout
 from trainer.planning import beside, fit, fitting
 from trainer.planning import rates as speeds
 from trainer.planning.choose import ZERO, Planner
-from trainer.planning.fitting import Stepped, Timed
+from trainer.planning.fitting import Started, Stepped, Timed
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
 
@@ -166,9 +166,15 @@ def _planner(one: Observation, machines: Machines, rates: Rates, style: Style) -
 
 
 def _timed(runs: Sequence[Observation], machines: Machines, rates: Rates, style: Style) -> Iterator[Timed]:
-    """Every block of the runs in which nothing else happens between blocks, once for each shape and rank."""
+    """Every block of the runs in which nothing else happens between blocks, once for each shape and rank.
+
+    On a GPU those of the largest micro-batch only: with less to do it waits for its host, and the time is the host's.
+    """
+    sizes = {(one.run.model.name, one.plan.micro_batch) for one in runs}
+    largest = {name: max(size for other, size in sizes if other == name) for name, _ in sizes}
     for one in runs:
-        if one.run.parallel.zero or one.plan.accumulation > 1:
+        small = not machines.device.on_host and one.plan.micro_batch < largest[one.run.model.name]
+        if one.run.parallel.zero or one.plan.accumulation > 1 or small:
             continue
         blocks = _planner(one, machines, rates, style).pace.operations(style)
         for rank in one.ranks:
@@ -178,22 +184,25 @@ def _timed(runs: Sequence[Observation], machines: Machines, rates: Rates, style:
 
 
 def _steps(runs: Sequence[Observation], machines: Machines, rates: Rates, style: Style) -> Rates:
-    """The rates of what lies between the blocks, from all runs."""
+    """The rates of what lies between the blocks, from all runs, and on a GPU the host's."""
+    on_cpu = machines.device.on_host
     stepped: list[Stepped] = []
+    started: list[Started] = []
     kernels: dict[int, float] = {}
     for one in runs:
         run = one.run if style == "eager" else replace(one.run, parallel=replace(one.run.parallel, compile=True))
         works, terms = _planner(one, machines, rates, style).works(run, one.plan)
         assert len(works) == 1, "these runs have no pipeline"
-        seconds = works[0].seconds
-        for rank in range(len(one.ranks)):
-            kernels[len(stepped)] = (seconds.forward + seconds.backward) * one.plan.accumulation
+        work, seconds = works[0], works[0].seconds
+        for rank, found in enumerate(one.ranks):
+            foretold, took = seconds.forward + seconds.backward, sum(map(sum, found["blocks"].values()))
+            kernels[len(stepped)] = (foretold if on_cpu else took) * one.plan.accumulation
+            started.append(Started(work.share.zero, foretold, took, seconds.calls, work.tensors))
             wall, busy = min(one.steps(rank, 0)), min(one.steps(rank, 1))
             # On a GPU the thread only starts what the device does, and what a step waits for is not known apart.
-            on_cpu = machines.device.on_host
             waits = min(map(min, (one.waits(other) for other in range(len(one.ranks))))) if on_cpu else 0.0
-            stepped.append(Stepped(works[0], terms, busy if on_cpu else wall, waits))
-    return fitting.steps(stepped, kernels, rates)
+            stepped.append(Stepped(work, terms, busy if on_cpu else wall, waits))
+    return fitting.steps(stepped, kernels, rates if on_cpu else fitting.host(started, rates))
 
 
 def foretold(one: Observation, machines: Machines, rates: Rates, style: Style) -> float:
@@ -278,6 +287,10 @@ def shown(rates: Rates, machines: Machines) -> dict[str, str]:
         unit, letter = (1e12, "TFLOP/s") if work in speeds.MATH else (1e9, "GB/s")
         found[work] = f"{forward / unit:.3g} forward, {rates.backward[work] / unit:.3g} backward {letter}"
     found["kernel"] = f"{rates.call * 1e6:.3g} us"
+    if rates.launch:
+        found["host"] = f"{rates.launch * 1e6:.3g} us for a kernel, {rates.step * 1e3:.3g} ms for a step"
+        hooks = ", ".join(f"{seconds * 1e6:.3g}" for seconds in rates.hooks)
+        found["DeepSpeed's hooks"] = f"{hooks} us for a weight under ZeRO-0 to -3"
     found["AdamW"] = f"{rates.update / 1e9:.3g} GB/s"
     if rates.alone > 1:
         found["one rank at work"] = f"{rates.alone:.2f}x as fast as all"

@@ -26,6 +26,7 @@ PRODUCTS: dict[Attention, float] = {"explicit": 0.12, "sdpa": 0.18, "flex": 0.35
 HOOKS = (1e-5, 3e-5, 4e-5, 1e-4)
 COPIES = (12.0, 12.0, 28.0, 32.0)
 SETTLING = (28.0, 32.0, 12.0, 8.0)
+STEP = 2e-3  # seconds of a GPU's host at the end of a step; assumed
 CORE_FLOPS = 1e11  # assumed of a processor's core
 DISK = 5e9  # bytes/s of a local NVMe disk
 
@@ -40,6 +41,7 @@ class Rates:
         call: seconds of a kernel whatever it does.
         launch: seconds of the host for a kernel, while the device is at work on earlier ones; 0 on a processor, whose
             `call` has them.
+        step: seconds of the host for a step whatever there is to do; 0 on a processor.
         update: bytes/s of AdamW, and of what DeepSpeed copies.
         hooks: seconds of the host for one weight and micro-batch, by ZeRO stage.
         copies: bytes that DeepSpeed moves for each element and micro-batch, by ZeRO stage.
@@ -63,6 +65,7 @@ class Rates:
     backward: Mapping[Work, float]
     call: float
     launch: float
+    step: float
     update: float
     hooks: tuple[float, ...]
     copies: tuple[float, ...]
@@ -121,7 +124,8 @@ def assumed(device: Device, dtype: Dtype, style: Style, ranks: int, attention: A
     each |= {"matrix": matrix, "window": matrix / 2, "product": PRODUCTS[form] * peak}
     return Rates(
         device=device.name, dtype=dtype, style=style, ranks=ranks, forward=each, backward=each,
-        call=2e-6, launch=0.0 if on_host else 5e-6, update=0.9 * device.bandwidth,
+        call=2e-6, launch=0.0 if on_host else 5e-6, step=0.0 if on_host else STEP,
+        update=0.9 * device.bandwidth,
         hooks=HOOKS, copies=COPIES, settling=SETTLING, wire=0.8 * device.link, network=0.8 * nic,
         latency=25e-6, hop=5e-6, host=0.8 * device.host, disk=DISK, overlap=0.0 if on_host else 0.6,
         share=0.9 if on_host else 0.7,

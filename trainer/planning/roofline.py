@@ -22,6 +22,7 @@ class Seconds:
         forward, backward: of a pass that keeps everything.
         selective, full: more for what a block's backward pass then makes again.
         calls: kernels of the two passes.
+        forward_calls, selective_calls, full_calls: kernels of the forward pass, and of what is made again.
     """
 
     forward: float
@@ -29,10 +30,17 @@ class Seconds:
     selective: float
     full: float
     calls: float
+    forward_calls: float = 0.0
+    selective_calls: float = 0.0
+    full_calls: float = 0.0
 
     def again(self, recompute: str) -> float:
         """What `parallel.recompute` adds to the backward pass."""
         return {"none": 0.0, "selective": self.selective, "full": self.full}[recompute]
+
+    def calls_again(self, recompute: str) -> float:
+        """Kernels of that."""
+        return {"none": 0.0, "selective": self.selective_calls, "full": self.full_calls}[recompute]
 
 
 def of_operation(operation: Operation, rates: Rates, batch: int, way: int) -> float:
@@ -54,9 +62,14 @@ def of_block(block: BlockTraffic, rates: Rates, batch: int) -> Seconds:
     forward = [of_operation(operation, rates, batch, FORWARD) for operation in block.operations]
     backward = [of_operation(operation, rates, batch, BACKWARD) for operation in block.operations]
     again = sum(cost for cost, operation in zip(forward, block.operations, strict=True) if operation.again)
-    maps = [number for number, operation in enumerate(block.operations) if operation.work in MATH]
-    calls = sum(sum(operation.calls) for operation in block.operations)
-    return Seconds(sum(forward), sum(backward), again, sum(forward[: maps[-1]]), calls)
+    last = max(number for number, operation in enumerate(block.operations) if operation.work in MATH)
+    calls = [operation.calls[FORWARD] for operation in block.operations]
+    return Seconds(
+        sum(forward), sum(backward), again, sum(forward[:last]),
+        calls=sum(sum(operation.calls) for operation in block.operations), forward_calls=sum(calls),
+        selective_calls=sum(operation.calls[FORWARD] for operation in block.operations if operation.again),
+        full_calls=sum(calls[:last]),
+    )  # fmt: skip
 
 
 class Pace:

@@ -1,7 +1,7 @@
 """Seconds of an optimizer step of a layout: compute, what is made again, bubble, traffic, update. No torch.
 
-    micro-batch of a stage   kernels of its blocks (`trainer.planning.roofline`), and on a GPU not less than the host
-                             takes to start them; what is made again; transfers to its neighbours; ZeRO's traffic of
+    micro-batch of a stage   kernels of its blocks (`trainer.planning.roofline`) and of what is made again, and on a GPU
+                             not less than the host takes to start them; transfers to its neighbours; ZeRO's traffic of
                              each micro-batch
     pipeline                 the stage s for which  m (f_s + b_s) + sum over earlier stages of (f + b)  is largest:
                              it waits for the first micro-batch to reach it and for the last gradient to leave it
@@ -149,10 +149,11 @@ def _stage(work: StageWork, terms: Terms, machines: Machines, rates: Rates) -> _
     """The seconds of one stage."""
     share, seconds = work.share, work.seconds
     again = seconds.again(terms.recompute) + (seconds.forward if share.remakes else 0.0)
+    calls = seconds.calls + seconds.calls_again(terms.recompute) + (seconds.forward_calls if share.remakes else 0.0)
     zero = share.zero
-    host = seconds.calls * rates.launch + work.tensors * rates.hooks[zero]
+    host = calls * rates.launch + work.tensors * rates.hooks[zero]
     compute = seconds.forward + seconds.backward + work.elements * rates.copies[zero] / rates.update
-    compute = compute + host if rates.launch == 0 else max(compute, host)
+    compute = compute + host if rates.launch == 0 else max(compute, host - again)
     each, gradients, end = 0.0, 0.0, 0.0
     for traffic in wire.of_step(share):
         taken = _seconds(traffic, work, terms, machines, rates)
@@ -206,7 +207,7 @@ def _update(work: StageWork, terms: Terms, rates: Rates) -> float:
     share = work.share
     own = work.elements / (share.replicas if share.zero else 1)
     each = ADAMW + CLIP + (AVERAGE if terms.ema else 0)
-    taken = (own * each + work.elements * rates.settling[share.zero]) / rates.update
+    taken = rates.step + (own * each + work.elements * rates.settling[share.zero]) / rates.update
     if terms.offload == "cpu":
         return taken + 2 * FLOAT * own / rates.host
     if terms.offload == "nvme":

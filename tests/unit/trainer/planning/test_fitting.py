@@ -16,7 +16,7 @@ from trainer.machine import devices
 from trainer.plan import layout
 from trainer.planning import fitting, rates
 from trainer.planning.choose import Planner
-from trainer.planning.fitting import Stepped, Timed
+from trainer.planning.fitting import Started, Stepped, Timed
 from trainer.planning.machines import Machines
 from trainer.planning.rates import Rates
 from trainer.planning.roofline import of_block
@@ -120,9 +120,64 @@ def test_what_lies_between_blocks_is_foretold_for_other_networks() -> None:
 def test_the_least_squares_are_those_of_linear_algebra_where_nothing_is_below_zero() -> None:
     draw = np.random.default_rng(1)
     matrix, x = draw.uniform(0.1, 1, (40, 5)), np.array([1.0, 2.0, 0.5, 3.0, 1.5])
-    assert fitting.non_negative(matrix, matrix @ x, np.zeros(5)) == pytest.approx(x, rel=1e-4)
+    assert fitting.bounded(matrix, matrix @ x, np.zeros(5)) == pytest.approx(x, rel=1e-4)
     wanted = matrix @ np.array([1.0, -2.0, 0.5, 3.0, 1.5])
-    assert fitting.non_negative(matrix, wanted, np.zeros(5)).min() == 0.0
+    assert fitting.bounded(matrix, wanted, np.zeros(5)).min() == 0.0
     untold = np.hstack([matrix, np.zeros((40, 1))])  # nothing says anything of the last one
     guess = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 7.0])
-    assert fitting.non_negative(untold, matrix @ x, guess)[-1] == pytest.approx(7.0)
+    assert fitting.bounded(untold, matrix @ x, guess)[-1] == pytest.approx(7.0)
+
+
+def test_no_bound_is_left() -> None:
+    draw = np.random.default_rng(2)
+    matrix = draw.uniform(0.1, 1, (40, 3))
+    wanted = matrix @ np.array([5.0, 0.1, 1.0])
+    found = fitting.bounded(matrix, wanted, np.ones(3), 0.5, np.array([2.0, 9.0, 9.0]))
+    assert found.tolist()[0] == 2.0
+    assert found.min() >= 0.5
+    assert found[2] > 1.0  # takes over what the first may not
+    assert fitting.bounded(matrix, wanted, np.ones(3), 0.5).tolist()[1] == 0.5
+
+
+H200 = devices.named("h200", 1)
+
+
+def on_gpu() -> Rates:
+    return rates.assumed(H200, "bf16", "eager", 0, "auto", 1e9)
+
+
+def test_no_gpu_is_faster_than_its_data_sheet() -> None:
+    """Blocks without any arithmetic: whatever explains them best, no product is infinitely fast."""
+    true = replace(on_gpu(), forward={work: speed * 1e3 for work, speed in on_gpu().forward.items()}, call=1e-5)
+    blocks = [
+        Timed(block, 8, (took.forward, took.backward))
+        for block in traffic(spec.get("coatnet0"), 224, dtype="bf16", device="cuda")
+        for took in [of_block(block, true, 8)]
+    ]
+    found = fitting.kernels(blocks, on_gpu())
+    assert H200.peak is not None
+    for way in (found.forward, found.backward):
+        assert max(way[work] for work in rates.MATH) <= H200.peak * (1 + 1e-9)
+        assert max(way.values()) <= H200.peak * (1 + 1e-9)
+        assert max(way[work] for work in WORKS if work not in rates.MATH) <= 1.4 * H200.bandwidth
+    assert found.call <= 5e-6
+
+
+def test_the_host_is_told_from_runs_in_which_the_device_waits() -> None:
+    runs = [
+        Started(0, 0.050, 0.051, 1000, 300),  # the device is at work
+        Started(0, 0.025, 1000 * 4e-5 + 300 * on_gpu().hooks[0], 1000, 300),  # it waits
+        Started(3, 0.050, 1000 * 4e-5 + 300 * 2e-4, 1000, 300),
+        Started(1, 0.050, 0.052, 1000, 300),
+    ]
+    found = fitting.host(runs, on_gpu())
+    assert found.launch == pytest.approx(4e-5)
+    assert found.hooks[3] == pytest.approx(2e-4)
+    assert found.hooks[1] == pytest.approx(on_gpu().hooks[1])  # at most 4e-5, so what was assumed stays
+    assert found.hooks[2] == on_gpu().hooks[2]  # nothing was measured
+
+
+def test_a_host_that_was_never_waited_for_is_no_slower_than_the_runs() -> None:
+    assert fitting.host([Started(0, 0.05, 0.051, 1000, 300)], on_gpu()).launch == on_gpu().launch
+    short = fitting.host([Started(0, 0.004, 0.0041, 1000, 300)], on_gpu())
+    assert short.launch == pytest.approx((0.0041 - 300 * on_gpu().hooks[0]) / 1000)

@@ -23,7 +23,7 @@ TERMS = Terms(recompute="none", overlap=False, bucket=1 << 20, offload="none", e
 def bare(**changes: Any) -> Rates:
     """Rates under which only the kernels take time."""
     nothing = {
-        "launch": 0.0, "hooks": (0.0,) * 4, "copies": (0.0,) * 4, "settling": (0.0,) * 4, "wire": 1e30,
+        "launch": 0.0, "step": 0.0, "hooks": (0.0,) * 4, "copies": (0.0,) * 4, "settling": (0.0,) * 4, "wire": 1e30,
         "network": 1e30, "latency": 0.0, "hop": 0.0, "update": 1e30, "share": 1.0,
     }  # fmt: skip
     return replace(rates_of()["eager"], **{**nothing, **changes})
@@ -36,7 +36,10 @@ def stage_of(forward: float, backward: float, **share: Any) -> StageWork:
         "zero": 1, "dtype": "bf16", "recompute": "none", "accumulation": 1, "replicas": 1, "stages": 1, "stage": 0,
         "groups": groups, "channels": 0, "team": 1, "to_next": 0, "to_previous": 0, "threshold": 0, "reuse": 10**9,
     }  # fmt: skip
-    seconds = Seconds(forward, backward, selective=0.1 * forward, full=0.9 * forward, calls=10)
+    seconds = Seconds(
+        forward, backward, selective=0.1 * forward, full=0.9 * forward, calls=10, forward_calls=4, selective_calls=1,
+        full_calls=3,
+    )  # fmt: skip
     return StageWork(seconds, Share(**{**plain, **share}), blocks=1, elements=1_000_000, tensors=1, norms=0)
 
 
@@ -166,6 +169,9 @@ def test_a_gpu_waits_for_its_host_and_a_processor_is_its_own() -> None:
     stage = stage_of(0.001, 0.002)
     gpu = step_time.of_layout([stage], TERMS, machines_of(1), bare(launch=1e-3))
     assert gpu.total == pytest.approx(0.01)  # ten kernels
+    for recompute, kernels in (("selective", 11), ("full", 13)):  # which the host starts again
+        again = step_time.of_layout([stage], replace(TERMS, recompute=recompute), machines_of(1), bare(launch=1e-3))
+        assert again.total == pytest.approx(kernels * 1e-3)
     hooks = (0.0, 5e-3, 0.0, 0.0)
     cpu = step_time.of_layout([stage], TERMS, machines_of(1), bare(hooks=hooks))
     assert cpu.total == pytest.approx(0.003 + 5e-3)
