@@ -70,7 +70,8 @@ class Settings:
         """Such as model-coatnet0-bf16-expansion."""
         kinds = () if self.recompute == ("none",) else self.recompute
         compiled = ["compiled"] if self.compiled else []
-        return "-".join(["model", self.name, *self.dtypes, self.spec.stride, *kinds, *compiled])
+        device = [self.device] if self.device != "cpu" else []
+        return "-".join(["model", self.name, *self.dtypes, self.spec.stride, *kinds, *compiled, *device])
 
     @property
     def command(self) -> str:

@@ -161,7 +161,7 @@ def _inverse(timed: Sequence[Timed], rates: Rates, start: Rates, way: int) -> Fl
 
 
 def host(started: Sequence[Started], start: Rates) -> Rates:
-    """What a GPU's host takes to start a kernel, and DeepSpeed for a weight, from runs in which the device waits for it.
+    """What a GPU's host takes to start a kernel, and DeepSpeed for a weight, from runs whose device waits for it.
 
     No run is shorter than its host, so the shortest tells. Where the device never waits, what was assumed stays if the
     runs leave room for it.
