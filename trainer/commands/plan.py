@@ -136,7 +136,7 @@ def _machines(options: argparse.Namespace, most: int) -> "Machines":
         raise InputError(f"--nodes {nodes}: must divide the {most} devices; nearest valid: 1")
     if nodes is not None and nodes > 1 and device.on_host:
         raise InputError(f"--nodes {nodes}: `cpu` is this machine alone; nearest valid: 1")
-    near = most // nodes if nodes is not None else min(most, device.per_node)
+    near = most // nodes if nodes is not None else device.per_node
     return Machines(device, most, near, options.nic * GIGABIT)
 
 

@@ -148,14 +148,14 @@ def _nothing(planner: Planner, found: list[Candidate]) -> str:
     what = f"{run.model.name} at {run.model.resolution} px with data.global_batch = {run.data.global_batch}"
     if not found:
         return f"{what}: {machines.devices} ranks can neither divide it nor form groups of norm.replica_batch = " \
-               f"{run.norm.replica_batch}; nearest: {_smallest(planner)}"  # fmt: skip
+               f"{run.norm.replica_batch}; nearest: {smallest(planner)}"  # fmt: skip
     least = min(found, key=lambda one: one.memory.total)
     lacking = lacks(least.memory, least.layout.stages, machines.available)
     return f"{what}: no layout fits {machines}: the one that needs least ({least.words()}) {lacking}; the smallest " \
-           f"cluster of such devices that would: {_smallest(planner)}"  # fmt: skip
+           f"cluster of such devices that would: {smallest(planner)}"  # fmt: skip
 
 
-def _smallest(planner: Planner) -> str:
+def smallest(planner: Planner) -> str:
     """The smallest number of such devices on which something fits, in words."""
     near = planner.machines.per_node
     counts = [*range(1, near + 1), *(near * nodes for nodes in range(2, MOST + 1))]

@@ -107,12 +107,19 @@ class Planner:
         return min(fitting, key=lambda found: found.rank, default=None)
 
     def fits(self) -> bool:
-        """Whether any layout fits: only memory is looked at."""
+        """Whether any layout fits, AdamW's state elsewhere or not: only memory is looked at."""
         for parallel in self._kinds():
             run = replace(self.run, parallel=parallel)
-            if any(self._memory(run, plan).total <= self.machines.available for plan in self._plans(run)):
+            every = (run, *(replace(self.run, parallel=other) for other in self._moved(parallel)))
+            if any(self._stages_fit(asked, plan) for plan in self._plans(run) for asked in every):
                 return True
         return False
+
+    def _stages_fit(self, run: Run, plan: Layout) -> bool:
+        """Whether every stage of a layout fits; after one that does not the others are not looked at."""
+        ends = partition.ends(run, self.anatomy.classes, plan.micro_batch)
+        stages = (memory.of_stage(run, plan, self.anatomy, ends, number) for number in range(plan.stages))
+        return all(stage.total <= self.machines.available for stage in stages)
 
     def evaluate(self, parallel: Parallel, plan: Layout) -> Candidate:
         """One layout as it is asked for."""

@@ -12,7 +12,7 @@ from typing import Any
 from configs.errors import InputError
 from trainer.cost.ledger import HOUR
 from trainer.planning import table
-from trainer.planning.answer import foretold, mfu
+from trainer.planning.answer import foretold, mfu, smallest
 from trainer.planning.choose import Candidate, Planner
 from trainer.planning.outlook import Job, Outlook
 from trainer.report.chart import Curve, Look, curves
@@ -55,7 +55,7 @@ def study(planner: Planner, job: Job, counts: Sequence[int]) -> Study:
     """The study at these numbers of devices, ascending.
 
     Raises:
-        InputError: nothing fits at any of them.
+        InputError: nothing fits at any of them, with the smallest number of such devices on which something would.
     """
     found: list[Point] = []
     first: tuple[int, float] | None = None  # devices, images/s for each
@@ -78,7 +78,8 @@ def study(planner: Planner, job: Job, counts: Sequence[int]) -> Study:
     if not hours:
         raise InputError(
             f"{planner.run.model.name}: no layout fits {planner.machines.device.name} at any of "
-            f"{', '.join(map(str, counts))} devices; ask for the largest of them alone to see why"
+            f"{', '.join(map(str, counts))} devices; the smallest cluster of such devices that would: "
+            f"{smallest(planner)}; ask for the largest of these numbers alone to see why"
         )
     knee = max(point.devices for point in found if point.hours is not None and point.hours <= DEARER * min(hours))
     return Study(tuple(found), knee)

@@ -115,6 +115,10 @@ def test_what_fits_nowhere_names_the_smallest_cluster_that_would_do(gpu: str, co
     assert not any(planner.on(devices).fits() for devices in range(1, min(smallest, 9)))
 
 
+def test_the_smallest_cluster_may_keep_states_on_the_host() -> None:
+    assert answer.smallest(planner_of("coatnet5-jft300m-224", 8, 18_291, "a100-40gb")) == "1 x a100-40gb in one machine"
+
+
 def test_ranks_that_cannot_divide_the_batch_are_told_so(small: Run) -> None:
     planner = Planner(small, 1000, machines_of(31, per_node=31), rates_of())
     with pytest.raises(InputError, match=r"31 ranks can neither divide it .* nearest: 1 x h100"):

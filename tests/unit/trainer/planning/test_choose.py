@@ -93,6 +93,16 @@ def test_batches_that_no_ranks_divide_have_no_layout(small: Run) -> None:
     assert not planner.fits()
 
 
+@pytest.mark.parametrize(("gpu", "count"), [("a10", 1), ("a100-40gb", 1), ("a100-40gb", 2), ("h100", 1)])
+def test_what_fits_is_what_some_layout_fits(gpu: str, count: int) -> None:
+    planner = planner_of("coatnet5-jft300m-224", count, 18_291, gpu)
+    best = planner.best()
+    assert planner.fits() == (best is not None)
+    if (gpu, count) == ("a100-40gb", 1):  # with AdamW's state in the host's memory only
+        assert best is not None
+        assert best.parallel.offload == "cpu"
+
+
 def test_words_name_what_differs_from_the_plainest() -> None:
     planner = planner_of("coatnet7-jft3b-224", 64)
     found = planner.candidates()

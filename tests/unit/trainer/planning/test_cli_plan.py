@@ -81,6 +81,15 @@ def test_what_makes_no_plan_is_76(words: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("gpus", "nodes", "size"), [("1", [], 8), ("2,4", [], 8), ("8", ["--nodes", "2"], 4)])
+def test_the_smallest_cluster_is_of_machines_as_they_are_sold(
+    gpus: str, nodes: list[str], size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "coatnet7-jft3b-224", "--gpus", gpus, "--gpu", "a10", "--model.resolution", "512", *nodes]
+    assert main(words) == 76
+    assert f"devices that would: 16 x a10 ({16 // size} machines of {size}, 400 Gb/s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "counts"), [("8", [8]), ("64,8,8", [8, 64]), ("8..64", [8, 16, 32, 64]), ("3..20", [3, 6, 12])]
 )
