@@ -131,6 +131,8 @@ def _machines(options: argparse.Namespace, most: int) -> "Machines":
             f"--gpu: this machine has no GPU that the driver lists; name one of {', '.join(devices.DEVICES)}"
         )
     device = devices.named(name, most)
+    if options.gpu is None:
+        device = devices.of_this_machine(device)
     nodes = options.nodes
     if nodes is not None and (nodes < 1 or most % nodes):
         raise InputError(f"--nodes {nodes}: must divide the {most} devices; nearest valid: 1")

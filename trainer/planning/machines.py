@@ -7,6 +7,7 @@ from trainer.machine.devices import Device
 from trainer.planning.rates import Rates
 
 USABLE = 0.92  # of a GPU's memory: what its driver, fragments and other processes leave
+HOST_USABLE = 0.9  # of a machine's own: the rest is the system's and the data workers'; an assumption
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Machines:
     def available(self) -> float:
         """Bytes that a rank may take."""
         return self.device.memory * (1.0 if self.device.on_host else USABLE)
+
+    @property
+    def local(self) -> int:
+        """Ranks of a machine, the most."""
+        return min(self.devices, self.per_node)
+
+    @property
+    def host_available(self) -> float:
+        """Bytes of a machine's own memory that its ranks may take together for what is kept off their devices."""
+        return HOST_USABLE * self.device.host_memory
 
     def of(self, devices: int) -> "Machines":
         """As many devices of such machines."""
