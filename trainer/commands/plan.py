@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,8 @@ def plan_command(arguments: list[str]) -> int:
     if parsed is None:
         return 0
     options, fields = parsed
+    _require_sane(options)
     run = _priced(resolve_command(arguments[0], fields), options.price)
-    at_least("--best", options.best, 1)
     if options.gpus is None:
         parser.error("--gpus N says for how many devices")
     counts = counts_of(options.gpus)
@@ -95,6 +96,18 @@ def _scaled(planner: "Planner", job: "Job", counts: list[int], options: argparse
     if options.svg is not None:
         print(f"wrote {write(options.svg, scale.picture(found))}", file=sys.stderr)
     return 0
+
+
+def _require_sane(options: argparse.Namespace) -> None:
+    """Refuse numbers that no machine and no price has.
+
+    Raises:
+        InputError: naming the option.
+    """
+    at_least("--best", options.best, 1)
+    require(0 < options.nic < math.inf, "--nic", options.nic, "must be positive and finite, in Gb/s", 400)
+    if options.price is not None:
+        require(0 <= options.price < math.inf, "--price", options.price, "must be finite and not negative", 0)
 
 
 def counts_of(words: str) -> list[int]:

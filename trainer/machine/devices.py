@@ -5,6 +5,7 @@ in `trainer/rates.py`.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -184,6 +185,6 @@ def _read(path: Path) -> Device:
             f"--gpu {path}: must be an object with {', '.join(numbers)} and nothing but {', '.join(wanted)} beside them"
         )
     for key in numbers:
-        if isinstance(found[key], bool) or not isinstance(found[key], int | float) or not found[key] > 0:
+        if isinstance(found[key], bool) or not isinstance(found[key], int | float) or not 0 < found[key] < math.inf:
             raise InputError(f"--gpu {path}: {key} = {found[key]!r}: must be a positive number, in units of 1")
     return Device(**{**wanted, **found})

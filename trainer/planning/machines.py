@@ -1,5 +1,6 @@
 """The machines of a plan: which device, how many, how they are connected. No torch."""
 
+import math
 from dataclasses import dataclass, replace
 
 from configs.errors import at_least, require
@@ -32,7 +33,9 @@ class Machines:
     def __post_init__(self) -> None:
         at_least("--gpus", self.devices, 1)
         at_least("devices of a machine", self.per_node, 1)
-        require(self.nic > 0, "--nic", self.nic, "must be positive", 400)
+        require(
+            0 < self.nic < math.inf, "network of a device in bytes/s", self.nic, "must be positive and finite", 50e9
+        )
 
     @property
     def nodes(self) -> int:

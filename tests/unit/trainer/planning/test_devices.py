@@ -73,6 +73,7 @@ def test_a_file_describes_a_device(tmp_path: Path) -> None:
         ("no-host.json", {**OWN, "host_memory": 0}, "host_memory = 0: must be a positive number"),
         ("more.json", {**OWN, "color": 1}, "nothing but"),
         ("wrong.json", {**OWN, "peak": -1}, "peak = -1: must be a positive number"),
+        ("infinite.json", {**OWN, "link": float("inf")}, "link = inf: must be a positive number"),
         ("text.json", {**OWN, "memory": "64 GB"}, "memory = '64 GB'"),
         ("list.json", [1], "must be an object"),
     ],
