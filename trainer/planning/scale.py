@@ -96,24 +96,22 @@ def _each(planner: Planner, job: Job, batch: int) -> float | None:
 
 def text(given: Study) -> str:
     """The study as a table."""
-    head = ("devices", "strong", "weak", "images/s", "MFU", "days", "device-hours", "core-days", "MWh", "money", "")
-    rows: list[tuple[str, ...]] = [(*head, "layout")]
+    rows: list[tuple[str, ...]] = [("devices", "strong", "weak", "images/s", "MFU", "days", *table.SPENT, "", "layout")]
     for point in given.points:
         if point.best is None:
-            rows.append((f"{point.devices:,}", *["-"] * 9, "", "nothing fits"))
+            rows.append((f"{point.devices:,}", *["-"] * 10, "", "nothing fits"))
             continue
         one, run = point.best
         rows.append((
             f"{point.devices:,}", table.share(point.efficiency), table.share(point.weak),
-            f"{run.images_per_second:,.5g}", table.share(mfu(run)), f"{run.days:,.3g}", f"{point.hours:,.4g}",
-            table.number(run.ledger.core_days_device, 1), table.number(run.ledger.energy_kwh, 1e3), table.money(run),
+            f"{run.images_per_second:,.5g}", table.share(mfu(run)), f"{run.days:,.3g}", *table.spent(run),
             "<- knee" if point.devices == given.knee else "", one.words(),
         ))  # fmt: skip
     told = (
         f"strong: the recipe as it is; weak: the global batch grows with the devices. knee: {given.knee:,} devices, "
         f"the most whose run takes at most {DEARER:g}x the device-hours of the cheapest"
     )
-    return f"{table.columns(rows, (10, 11))}\n\n{told}"
+    return f"{table.columns(rows, (11, 12))}\n\n{told}\n{table.CORE_DAYS}"
 
 
 def document(given: Study) -> dict[str, Any]:
@@ -125,8 +123,9 @@ def document(given: Study) -> dict[str, Any]:
             one, run = point.best
             row |= {
                 "layout": one.words(), "images_per_second": run.images_per_second, "mfu": mfu(run), "days": run.days,
-                "device_hours": point.hours, "tpu_v3_core_days_device": run.ledger.core_days_device,
-                "energy_kwh": run.ledger.energy_kwh, "money": run.ledger.money,
+                "device_hours": point.hours, "tpu_v3_core_days_flops": run.ledger.core_days_flops,
+                "tpu_v3_core_days_device": run.ledger.core_days_device, "energy_kwh": run.ledger.energy_kwh,
+                "money": run.ledger.money,
             }  # fmt: skip
         rows.append(row)
     return {"points": rows, "knee": given.knee}
