@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,8 @@ def plan_command(arguments: list[str]) -> int:
     if parsed is None:
         return 0
     options, fields = parsed
+    _require_sane(options)
     run = _priced(resolve_command(arguments[0], fields), options.price)
-    at_least("--best", options.best, 1)
     if options.gpus is None:
         parser.error("--gpus N says for how many devices")
     counts = counts_of(options.gpus)
@@ -97,6 +98,18 @@ def _scaled(planner: "Planner", job: "Job", counts: list[int], options: argparse
     return 0
 
 
+def _require_sane(options: argparse.Namespace) -> None:
+    """Refuse numbers that no machine and no price has.
+
+    Raises:
+        InputError: naming the option.
+    """
+    at_least("--best", options.best, 1)
+    require(0 < options.nic < math.inf, "--nic", options.nic, "must be positive and finite, in Gb/s", 400)
+    if options.price is not None:
+        require(0 <= options.price < math.inf, "--price", options.price, "must be finite and not negative", 0)
+
+
 def counts_of(words: str) -> list[int]:
     """The numbers of devices in `N`, `N,N,...` or `A..B`, ascending; of a range A, 2A, 4A, ... up to B.
 
@@ -131,12 +144,14 @@ def _machines(options: argparse.Namespace, most: int) -> "Machines":
             f"--gpu: this machine has no GPU that the driver lists; name one of {', '.join(devices.DEVICES)}"
         )
     device = devices.named(name, most)
+    if options.gpu is None:
+        device = devices.of_this_machine(device)
     nodes = options.nodes
     if nodes is not None and (nodes < 1 or most % nodes):
         raise InputError(f"--nodes {nodes}: must divide the {most} devices; nearest valid: 1")
     if nodes is not None and nodes > 1 and device.on_host:
         raise InputError(f"--nodes {nodes}: `cpu` is this machine alone; nearest valid: 1")
-    near = most // nodes if nodes is not None else min(most, device.per_node)
+    near = most // nodes if nodes is not None else device.per_node
     return Machines(device, most, near, options.nic * GIGABIT)
 
 

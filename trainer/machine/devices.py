@@ -5,10 +5,11 @@ in `trainer/rates.py`.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,8 @@ class Device:
         host: bytes/s one way to the machine's memory.
         watts: of the board.
         per_node: in a machine as it is usually sold.
-        source: the data sheet.
+        host_memory: of that machine's own memory, bytes.
+        source: the data sheet, and where the machine's memory is from.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Device:
     host: float
     watts: float
     per_node: int
+    host_memory: float
     source: str
 
     @property
@@ -70,10 +73,31 @@ _ROWS: tuple[tuple[str, str, float, float, float, float, float, float, int, str]
     ("rtx4090", "RTX 4090", 165.2, 24, 1.008, 32, 32, 450, 8, "NVIDIA Ada architecture white paper, appendix A"),
     ("rtx3090", "RTX 3090", 71, 24, 0.936, 32, 32, 350, 8, "NVIDIA GA102 architecture white paper, appendix A"),
 )
-DEVICES: dict[str, Device] = {
-    name: Device(name, words, flops * 1e12, size * GB, speed * 1e12, link * GB, host * GB, watts, count, source)
-    for name, words, flops, size, speed, link, host, watts, count, source in _ROWS
+# GB of memory of such a machine, and whose it is. Of the others twice what its devices have is assumed.
+_HOSTS: dict[str, tuple[float, str]] = {
+    "h100": (2000, "DGX H100 data sheet"),
+    "h200": (2000, "DGX H200 data sheet"),
+    "gh200": (480, "GH200 data sheet, the most it has"),
+    "b200": (2000, "DGX B200 data sheet, 4,000 at most"),
+    "a100": (2000, "DGX A100 640GB data sheet"),
+    "a100-40gb": (1000, "DGX A100 320GB data sheet"),
+    "a10g": (768, "AWS g5.48xlarge"),
 }
+
+
+def _table() -> dict[str, Device]:
+    """The rows as devices, by name."""
+    found = {}
+    for name, words, flops, size, speed, link, host, watts, count, source in _ROWS:
+        beside, whose = _HOSTS.get(name, (2 * count * size, "assumed"))
+        found[name] = Device(
+            name, words, flops * 1e12, size * GB, speed * 1e12, link * GB, host * GB, watts, count, beside * GB,
+            f"{source}; {beside:,.0f} GB of host memory: {whose}",
+        )  # fmt: skip
+    return found
+
+
+DEVICES = _table()
 CORE_WATTS = 5.0  # of a server processor's core: EPYC 7763 280 W over 64 cores, Xeon 8480+ 350 W over 56
 
 
@@ -94,12 +118,24 @@ def peak_of(name: str) -> float | None:
     return found.peak if found is not None else None
 
 
+def memory_here() -> int:
+    """Bytes of this machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def of_this_machine(device: Device) -> Device:
+    """The device with the memory that this machine has beside it."""
+    here = float(memory_here())
+    source, _, _ = device.source.partition("; ")
+    return replace(device, host_memory=here, source=f"{source}; {here / GB:,.0f} GB of host memory: this machine's")
+
+
 def processor(ranks: int) -> Device:
     """This machine's processor, of which each of `ranks` processes has a share."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-    cores = len(os.sched_getaffinity(0)) / ranks
+    whole = float(memory_here())
+    memory, cores = whole / ranks, len(os.sched_getaffinity(0)) / ranks
     return Device(
-        "cpu", "cpu", None, memory, 10e9 * cores, 2e9, memory, CORE_WATTS * cores, ranks,
+        "cpu", "cpu", None, memory, 10e9 * cores, 2e9, memory, CORE_WATTS * cores, ranks, whole,
         "this machine's memory and cores; its speed is assumed until `coatnet bench step` has measured it",
     )  # fmt: skip
 
@@ -132,7 +168,7 @@ def here() -> str | None:
 
 
 def _read(path: Path) -> Device:
-    """A device from a JSON file: peak, memory, bandwidth, link, host in FLOP/s, bytes and bytes/s.
+    """A device from a JSON file: peak in FLOP/s, memory and host_memory in bytes, bandwidth, link, host in bytes/s.
 
     Raises:
         InputError: it cannot be read, lacks a field or has one too many, or a number is not positive.
@@ -141,7 +177,7 @@ def _read(path: Path) -> Device:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--gpu {path}: cannot be read as JSON: {error}") from None
-    numbers = ("peak", "memory", "bandwidth", "link", "host", "watts", "per_node")
+    numbers = ("peak", "memory", "bandwidth", "link", "host", "watts", "per_node", "host_memory")
     wanted = {"name": path.stem, "words": path.stem, "source": str(path)}
     expected = [field.name for field in fields(Device)]
     if not isinstance(found, dict) or not set(numbers) <= set(found) or not set(found) <= set(expected):
@@ -149,6 +185,6 @@ def _read(path: Path) -> Device:
             f"--gpu {path}: must be an object with {', '.join(numbers)} and nothing but {', '.join(wanted)} beside them"
         )
     for key in numbers:
-        if isinstance(found[key], bool) or not isinstance(found[key], int | float) or not found[key] > 0:
+        if isinstance(found[key], bool) or not isinstance(found[key], int | float) or not 0 < found[key] < math.inf:
             raise InputError(f"--gpu {path}: {key} = {found[key]!r}: must be a positive number, in units of 1")
     return Device(**{**wanted, **found})

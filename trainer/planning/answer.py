@@ -14,7 +14,6 @@ from trainer.planning import rates as speeds
 from trainer.planning.choose import Candidate, Planner
 from trainer.planning.data_set import Size
 from trainer.planning.machines import Machines
-from trainer.planning.memory import Memory
 from trainer.planning.outlook import Job, Outlook, outlook
 from trainer.planning.rates import Rates
 
@@ -93,10 +92,13 @@ def foretold(planner: Planner, job: Job, one: Candidate) -> Outlook:
     return outlook(job, one.time.total, planner.machines, rates, planner.run.cluster)
 
 
-def lacks(need: Memory, stages: int, available: float) -> str:
-    """How much is needed of how much, and where."""
-    where = f" at stage {need.stage}" if stages > 1 else ""
-    return f"needs {need.total / 1e9:.1f} GB of {available / 1e9:.1f}{where}"
+def lacks(one: Candidate, machines: Machines) -> str:
+    """How much a layout that does not fit needs of how much, and where."""
+    need = one.memory
+    if need.total <= machines.available:
+        return f"needs {one.host / 1e9:.1f} GB of {machines.host_available / 1e9:.1f} GB host memory"
+    where = f" at stage {need.stage}" if one.layout.stages > 1 else ""
+    return f"needs {need.total / 1e9:.1f} GB of {machines.available / 1e9:.1f}{where}"
 
 
 def _pinned(planner: Planner) -> tuple[Candidate | None, str]:
@@ -107,7 +109,7 @@ def _pinned(planner: Planner) -> tuple[Candidate | None, str]:
     except InputError as error:
         return None, str(error)
     found = planner.evaluate(run.parallel, plan)
-    return found, "" if found.time is not None else lacks(found.memory, plan.stages, planner.machines.available)
+    return found, "" if found.time is not None else lacks(found, planner.machines)
 
 
 def _others(planner: Planner, found: list[Candidate], best: Candidate) -> list[tuple[str, str]]:
@@ -135,7 +137,7 @@ def _verdict(planner: Planner, having: list[Candidate], fitting: list[Candidate]
     assert best.time is not None
     if not fitting:
         least = min(having, key=lambda one: one.memory.total)
-        return f"{lacks(least.memory, least.layout.stages, planner.machines.available)} ({least.words()})"
+        return f"{lacks(least, planner.machines)} ({least.words()})"
     other = min(fitting, key=lambda one: one.rank)
     assert other.time is not None
     longer = other.time.total / best.time.total
@@ -148,14 +150,14 @@ def _nothing(planner: Planner, found: list[Candidate]) -> str:
     what = f"{run.model.name} at {run.model.resolution} px with data.global_batch = {run.data.global_batch}"
     if not found:
         return f"{what}: {machines.devices} ranks can neither divide it nor form groups of norm.replica_batch = " \
-               f"{run.norm.replica_batch}; nearest: {_smallest(planner)}"  # fmt: skip
+               f"{run.norm.replica_batch}; nearest: {smallest(planner)}"  # fmt: skip
     least = min(found, key=lambda one: one.memory.total)
-    lacking = lacks(least.memory, least.layout.stages, machines.available)
+    lacking = lacks(least, machines)
     return f"{what}: no layout fits {machines}: the one that needs least ({least.words()}) {lacking}; the smallest " \
-           f"cluster of such devices that would: {_smallest(planner)}"  # fmt: skip
+           f"cluster of such devices that would: {smallest(planner)}"  # fmt: skip
 
 
-def _smallest(planner: Planner) -> str:
+def smallest(planner: Planner) -> str:
     """The smallest number of such devices on which something fits, in words."""
     near = planner.machines.per_node
     counts = [*range(1, near + 1), *(near * nodes for nodes in range(2, MOST + 1))]
@@ -170,7 +172,12 @@ def document(given: Answer, job: Job, size: Size, origin: str) -> dict[str, Any]
     """All of it as JSON."""
     machines = given.machines
     return {
-        "machines": {**asdict(machines), "nodes": machines.nodes, "available_bytes": machines.available},
+        "machines": {
+            **asdict(machines),
+            "nodes": machines.nodes,
+            "available_bytes": machines.available,
+            "available_host_bytes": machines.host_available,
+        },
         "rates": origin,
         "data": asdict(size),
         "job": asdict(job),
@@ -189,7 +196,7 @@ def _row(one: Candidate, run: Outlook) -> dict[str, Any]:
     return {
         "parallel": asdict(one.parallel),
         "accumulation": one.layout.accumulation,
-        "memory": {**asdict(one.memory), "total": one.memory.total},
+        "memory": {**asdict(one.memory), "total": one.memory.total, "host_of_a_machine": one.host},
         "step": {**asdict(one.time), "total": one.time.total},
         "images_per_second": run.images_per_second,
         "mfu": mfu(run),

@@ -35,7 +35,9 @@ class Expected:
 def machines_of(device_name: str, world: int, per_node: int) -> Machines | None:
     """The machines of a run that is here; None for a GPU that the table does not have."""
     device = devices.processor(per_node) if device_name == "cpu" else devices.of_driver(device_name)
-    return Machines(device, world, per_node, NIC) if device is not None else None
+    if device is None:
+        return None
+    return Machines(device if device.on_host else devices.of_this_machine(device), world, per_node, NIC)
 
 
 def planner(run: Run, classes: int, machines: Machines) -> Planner:

@@ -41,12 +41,14 @@ class Candidate:
         parallel: its settings.
         layout: how the global batch is cut.
         memory: of the stage that needs most.
+        host: bytes of a machine's own memory for what `parallel.offload` keeps there; 0 where that is the device's.
         time: of a step; None: it does not fit.
     """
 
     parallel: Parallel
     layout: Layout
     memory: Memory
+    host: int
     time: StepTime | None
 
     @property
@@ -107,19 +109,29 @@ class Planner:
         return min(fitting, key=lambda found: found.rank, default=None)
 
     def fits(self) -> bool:
-        """Whether any layout fits: only memory is looked at."""
+        """Whether any layout fits, AdamW's state elsewhere or not: only memory is looked at."""
         for parallel in self._kinds():
             run = replace(self.run, parallel=parallel)
-            if any(self._memory(run, plan).total <= self.machines.available for plan in self._plans(run)):
+            every = (run, *(replace(self.run, parallel=other) for other in self._moved(parallel)))
+            if any(self._stages_fit(asked, plan) for plan in self._plans(run) for asked in every):
                 return True
         return False
+
+    def _stages_fit(self, run: Run, plan: Layout) -> bool:
+        """Whether every stage of a layout fits; after one that does not the others are not looked at."""
+        ends = partition.ends(run, self.anatomy.classes, plan.micro_batch)
+        stages = (memory.of_stage(run, plan, self.anatomy, ends, number) for number in range(plan.stages))
+        return all(self._room(stage, self.machines.local * stage.host) for stage in stages)
+
+    def _room(self, need: Memory, host: int) -> bool:
+        """Whether a device and its machine have room for so much."""
+        return need.total <= self.machines.available and host <= self.machines.host_available
 
     def evaluate(self, parallel: Parallel, plan: Layout) -> Candidate:
         """One layout as it is asked for."""
         run = replace(self.run, parallel=replace(parallel, micro_batch=plan.micro_batch))
-        need = self._memory(run, plan)
-        fits = need.total <= self.machines.available
-        return Candidate(run.parallel, plan, need, self._time(run, plan) if fits else None)
+        need, host = self._memory(run, plan)
+        return Candidate(run.parallel, plan, need, host, self._time(run, plan) if self._room(need, host) else None)
 
     def seconds(self, parallel: Parallel, plan: Layout) -> StepTime:
         """Seconds of a step of a layout, whether it fits or not."""
@@ -177,8 +189,11 @@ class Planner:
         stages, group = run.parallel.pipeline, run.norm.replica_batch
         return [Layout(devices, data.global_batch, size, group, stages) for size in micro_batches(run, devices)]
 
-    def _memory(self, run: Run, plan: Layout) -> Memory:
-        return memory.of_layout(run, plan, self.anatomy)
+    def _memory(self, run: Run, plan: Layout) -> tuple[Memory, int]:
+        """Of the stage that needs most; bytes of a machine's own memory, at most."""
+        ends = partition.ends(run, self.anatomy.classes, plan.micro_batch)
+        every = [memory.of_stage(run, plan, self.anatomy, ends, number) for number in range(plan.stages)]
+        return max(every, key=lambda one: one.total), self.machines.local * max(one.host for one in every)
 
     def _time(self, run: Run, plan: Layout) -> StepTime:
         """Seconds of a step."""

@@ -1,5 +1,6 @@
 """The machines of a plan: which device, how many, how they are connected. No torch."""
 
+import math
 from dataclasses import dataclass, replace
 
 from configs.errors import at_least, require
@@ -7,6 +8,7 @@ from trainer.machine.devices import Device
 from trainer.planning.rates import Rates
 
 USABLE = 0.92  # of a GPU's memory: what its driver, fragments and other processes leave
+HOST_USABLE = 0.9  # of a machine's own: the rest is the system's and the data workers'; an assumption
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Machines:
     def __post_init__(self) -> None:
         at_least("--gpus", self.devices, 1)
         at_least("devices of a machine", self.per_node, 1)
-        require(self.nic > 0, "--nic", self.nic, "must be positive", 400)
+        require(
+            0 < self.nic < math.inf, "network of a device in bytes/s", self.nic, "must be positive and finite", 50e9
+        )
 
     @property
     def nodes(self) -> int:
@@ -42,6 +46,16 @@ class Machines:
     def available(self) -> float:
         """Bytes that a rank may take."""
         return self.device.memory * (1.0 if self.device.on_host else USABLE)
+
+    @property
+    def local(self) -> int:
+        """Ranks of a machine, the most."""
+        return min(self.devices, self.per_node)
+
+    @property
+    def host_available(self) -> float:
+        """Bytes of a machine's own memory that its ranks may take together for what is kept off their devices."""
+        return HOST_USABLE * self.device.host_memory
 
     def of(self, devices: int) -> "Machines":
         """As many devices of such machines."""

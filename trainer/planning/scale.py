@@ -12,7 +12,7 @@ from typing import Any
 from configs.errors import InputError
 from trainer.cost.ledger import HOUR
 from trainer.planning import table
-from trainer.planning.answer import foretold, mfu
+from trainer.planning.answer import foretold, mfu, smallest
 from trainer.planning.choose import Candidate, Planner
 from trainer.planning.outlook import Job, Outlook
 from trainer.report.chart import Curve, Look, curves
@@ -55,7 +55,7 @@ def study(planner: Planner, job: Job, counts: Sequence[int]) -> Study:
     """The study at these numbers of devices, ascending.
 
     Raises:
-        InputError: nothing fits at any of them.
+        InputError: nothing fits at any of them, with the smallest number of such devices on which something would.
     """
     found: list[Point] = []
     first: tuple[int, float] | None = None  # devices, images/s for each
@@ -78,7 +78,8 @@ def study(planner: Planner, job: Job, counts: Sequence[int]) -> Study:
     if not hours:
         raise InputError(
             f"{planner.run.model.name}: no layout fits {planner.machines.device.name} at any of "
-            f"{', '.join(map(str, counts))} devices; ask for the largest of them alone to see why"
+            f"{', '.join(map(str, counts))} devices; the smallest cluster of such devices that would: "
+            f"{smallest(planner)}; ask for the largest of these numbers alone to see why"
         )
     knee = max(point.devices for point in found if point.hours is not None and point.hours <= DEARER * min(hours))
     return Study(tuple(found), knee)
@@ -95,24 +96,22 @@ def _each(planner: Planner, job: Job, batch: int) -> float | None:
 
 def text(given: Study) -> str:
     """The study as a table."""
-    head = ("devices", "strong", "weak", "images/s", "MFU", "days", "device-hours", "core-days", "MWh", "money", "")
-    rows: list[tuple[str, ...]] = [(*head, "layout")]
+    rows: list[tuple[str, ...]] = [("devices", "strong", "weak", "images/s", "MFU", "days", *table.SPENT, "", "layout")]
     for point in given.points:
         if point.best is None:
-            rows.append((f"{point.devices:,}", *["-"] * 9, "", "nothing fits"))
+            rows.append((f"{point.devices:,}", *["-"] * 10, "", "nothing fits"))
             continue
         one, run = point.best
         rows.append((
             f"{point.devices:,}", table.share(point.efficiency), table.share(point.weak),
-            f"{run.images_per_second:,.5g}", table.share(mfu(run)), f"{run.days:,.3g}", f"{point.hours:,.4g}",
-            table.number(run.ledger.core_days_device, 1), table.number(run.ledger.energy_kwh, 1e3), table.money(run),
+            f"{run.images_per_second:,.5g}", table.share(mfu(run)), f"{run.days:,.3g}", *table.spent(run),
             "<- knee" if point.devices == given.knee else "", one.words(),
         ))  # fmt: skip
     told = (
         f"strong: the recipe as it is; weak: the global batch grows with the devices. knee: {given.knee:,} devices, "
         f"the most whose run takes at most {DEARER:g}x the device-hours of the cheapest"
     )
-    return f"{table.columns(rows, (10, 11))}\n\n{told}"
+    return f"{table.columns(rows, (11, 12))}\n\n{told}\n{table.CORE_DAYS}"
 
 
 def document(given: Study) -> dict[str, Any]:
@@ -124,8 +123,9 @@ def document(given: Study) -> dict[str, Any]:
             one, run = point.best
             row |= {
                 "layout": one.words(), "images_per_second": run.images_per_second, "mfu": mfu(run), "days": run.days,
-                "device_hours": point.hours, "tpu_v3_core_days_device": run.ledger.core_days_device,
-                "energy_kwh": run.ledger.energy_kwh, "money": run.ledger.money,
+                "device_hours": point.hours, "tpu_v3_core_days_flops": run.ledger.core_days_flops,
+                "tpu_v3_core_days_device": run.ledger.core_days_device, "energy_kwh": run.ledger.energy_kwh,
+                "money": run.ledger.money,
             }  # fmt: skip
         rows.append(row)
     return {"points": rows, "knee": given.knee}

@@ -8,7 +8,14 @@ from trainer.planning.choose import Candidate
 from trainer.planning.data_set import Size
 from trainer.planning.outlook import Job, Outlook
 
-HEAD = ("", "layout", "GB a rank", "s a step", "images/s", "MFU", "days", "device-hours", "core-days", "MWh", "money")
+SPENT = ("device-hours", "E_flop", "E_dev", "MWh", "money")
+HEAD = ("", "layout", "GB a rank", "s a step", "images/s", "MFU", "days", *SPENT)
+# Of both tables, and in the words of `coatnet cost`.
+CORE_DAYS = (
+    f"E_flop: TPUv3-core-days by FLOPs, what the model's FLOPs take at {U_REF:.0%} of a core's peak in any layout\n"
+    f"E_dev:  TPUv3-core-days by device time, the devices as cores of equal peak; E_flop / E_dev = MFU of all the time "
+    f"they are held / {U_REF:.0%}"
+)
 
 
 def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0, 1)) -> str:
@@ -47,14 +54,14 @@ def text(given: Answer, job: Job, size: Size, origin: str) -> str:
     parts += ["", "with other settings, at best:", columns(given.others, (0, 1))]
     parts += [
         "",
-        f"core-days: TPUv3's, by FLOPs at {U_REF:.0%} of peak; MWh: devices at full power; all of it estimates",
+        CORE_DAYS,
+        "MWh:    devices at full power; all of it estimates",
     ]
     return "\n".join(parts)
 
 
 def _row(place: str, one: Candidate, run: Outlook) -> tuple[str, ...]:
     """One layout."""
-    ledger = run.ledger
     return (
         place,
         one.words(),
@@ -63,8 +70,17 @@ def _row(place: str, one: Candidate, run: Outlook) -> tuple[str, ...]:
         f"{run.images_per_second:,.4g}",
         share(mfu(run)),
         f"{run.days:,.3g}",
+        *spent(run),
+    )
+
+
+def spent(run: Outlook) -> tuple[str, ...]:
+    """What the run takes, under the heads of `SPENT`."""
+    ledger = run.ledger
+    return (
         f"{ledger.device_seconds / HOUR:,.4g}",
         f"{ledger.core_days_flops:,.4g}",
+        "-" if ledger.core_days_device is None else f"{ledger.core_days_device:,.4g}",
         number(ledger.energy_kwh, 1e3),
         money(run),
     )

@@ -15,6 +15,7 @@ from trainer.planning import answer, table
 from trainer.planning.answer import Answer
 from trainer.planning.choose import Planner
 from trainer.planning.data_set import Size
+from trainer.planning.machines import HOST_USABLE
 from trainer.planning.outlook import BETWEEN
 
 from .conftest import machines_of, planner_of, rates_of
@@ -113,6 +114,49 @@ def test_what_fits_nowhere_names_the_smallest_cluster_that_would_do(gpu: str, co
     assert smallest > count
     assert planner.on(smallest).fits()
     assert not any(planner.on(devices).fits() for devices in range(1, min(smallest, 9)))
+
+
+def test_the_smallest_cluster_may_keep_states_on_the_host() -> None:
+    assert answer.smallest(planner_of("coatnet5-jft300m-224", 8, 18_291, "a100-40gb")) == "1 x a100-40gb in one machine"
+
+
+def with_host(planner: Planner, size: float) -> Planner:
+    """The planner for machines with so many bytes of memory of their own."""
+    other = planner.on(planner.machines.devices)
+    other.machines = replace(other.machines, device=replace(other.machines.device, host_memory=size))
+    return other
+
+
+def test_states_that_the_hosts_memory_cannot_take_are_refused() -> None:
+    planner = planner_of("coatnet5-jft300m-224", 1, 18_291, "a100-40gb")
+    need = min(one.host for one in planner.candidates() if one.time is not None)  # nothing fits but with offload
+    assert need > 10e9
+    assert with_host(planner, need / HOST_USABLE + 1).fits()
+    short = with_host(planner, need / HOST_USABLE - 10)
+    assert not short.fits()
+    assert all(one.time is None for one in short.candidates())
+    with pytest.raises(InputError) as refused:
+        answer.answer(short, answer.job_of(short.run, SIZE))
+    gigabytes = f"{need / 1e9:.1f}"
+    assert f"offload cpu) needs {gigabytes} GB of {gigabytes} GB host memory; the smallest" in str(refused.value)
+    assert "1 x a100-40gb" not in answer.smallest(short)
+
+
+def test_all_ranks_of_a_machine_share_its_memory() -> None:
+    alone = planner_of("coatnet7-jft3b-224", 4, 18_291, "rtx4090")
+    kind = replace(alone.run.parallel, zero=2, offload="cpu", recompute="full", compile=False)
+    plan = next(one.layout for one in alone.candidates() if one.parallel.zero == 2 and one.layout.stages == 1)
+    estimate = alone.evaluate(kind, plan)
+    assert estimate.host == 4 * estimate.memory.host
+    apart = alone.on(4)
+    apart.machines = replace(alone.machines, per_node=2)
+    assert apart.evaluate(kind, plan).host == 2 * estimate.memory.host
+
+
+def test_a_short_host_is_among_the_reasons() -> None:
+    planner = with_host(planner_of("coatnet7-jft3b-224", 8, 18_291, "rtx4090"), 40e9)
+    found = answer.answer(planner, answer.job_of(planner.run, SIZE))
+    assert re.match(r"needs \d+\.\d GB of 36\.0 GB host memory \(", dict(found.others)["offload cpu"])
 
 
 def test_ranks_that_cannot_divide_the_batch_are_told_so(small: Run) -> None:

@@ -1,5 +1,6 @@
 """Every layout that is looked at can be trained; the best is the fastest; the words say what it is."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from configs import resolve
 from configs.schema import Run
 from trainer.plan import layout
-from trainer.planning import fit
+from trainer.planning import fit, memory, roofline, step_time
 from trainer.planning.choose import Candidate, Planner
 
 from .conftest import machines_of, planner_of, rates_of
@@ -93,6 +94,16 @@ def test_batches_that_no_ranks_divide_have_no_layout(small: Run) -> None:
     assert not planner.fits()
 
 
+@pytest.mark.parametrize(("gpu", "count"), [("a10", 1), ("a100-40gb", 1), ("a100-40gb", 2), ("h100", 1)])
+def test_what_fits_is_what_some_layout_fits(gpu: str, count: int) -> None:
+    planner = planner_of("coatnet5-jft300m-224", count, 18_291, gpu)
+    best = planner.best()
+    assert planner.fits() == (best is not None)
+    if (gpu, count) == ("a100-40gb", 1):  # with AdamW's state in the host's memory only
+        assert best is not None
+        assert best.parallel.offload == "cpu"
+
+
 def test_words_name_what_differs_from_the_plainest() -> None:
     planner = planner_of("coatnet7-jft3b-224", 64)
     found = planner.candidates()
@@ -102,6 +113,44 @@ def test_words_name_what_differs_from_the_plainest() -> None:
     assert grouped.words() == "ZeRO-3 in groups of 8, recompute full, micro-batch 32"
     staged = next(one for one in found if settings_of(one)[:5] == (2, 1, 0, "selective", 32))
     assert staged.words().startswith("pipeline 2, ZeRO-1, recompute selective, micro-batch 32")
+
+
+@pytest.mark.parametrize("recipe", ["coatnet0-in1k-224", "coatnet7-jft3b-224"])
+def test_more_devices_make_no_more_work(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's memory is counted once for each layout, and a kind of block timed once for each micro-batch and style.
+
+    Neither depends on how many ranks there are: 4,096 GPUs take at most as much as 64 and a tenth.
+    """
+    called: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counting(*given: Any, **named: Any) -> Any:
+            called[name] += 1
+            return function(*given, **named)
+
+        monkeypatch.setattr(module, name, counting)
+
+    counted(memory, "of_stage")
+    counted(roofline, "of_block")
+    counted(step_time, "of_layout")
+    calls = {}
+    for count in (64, 4096):
+        called.clear()
+        planner = planner_of(recipe, count)
+        found = planner.candidates()
+        assert called["of_stage"] == sum(one.layout.stages for one in found)
+        assert called["of_layout"] == sum(one.time is not None for one in found)
+        timed = {(one.layout.micro_batch, one.parallel.compile) for one in found if one.time is not None}
+        kinds = {
+            compiled: len({block.operations for block in planner.pace.operations("compiled" if compiled else "eager")})
+            for compiled in (False, True)
+        }
+        assert called["of_block"] == sum(kinds[compiled] for _, compiled in timed)  # equal blocks are timed once
+        calls[count] = dict(called)
+    for name, few in calls[64].items():
+        assert calls[4096][name] <= 1.1 * few, name
 
 
 def test_a_style_without_rates_is_not_looked_at(small: Run) -> None:

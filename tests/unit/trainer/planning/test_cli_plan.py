@@ -82,6 +82,42 @@ def test_what_makes_no_plan_is_76(words: list[str], message: str, capsys: pytest
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--price", "-2.5", "must be finite and not negative"),
+        ("--price", "inf", "must be finite and not negative"),
+        ("--price", "nan", "must be finite and not negative"),
+        ("--nic", "-1", "must be positive and finite, in Gb/s"),
+        ("--nic", "inf", "must be positive and finite, in Gb/s"),
+        ("--nic", "nan", "must be positive and finite, in Gb/s"),
+        ("--cluster.price", "-2.5", "must be at least 0"),
+        ("--cluster.price", "inf", "must be a finite number"),
+        ("--samples", "-5", "must be at least 4096"),
+        ("--classes", "0", "must be at least 2"),
+        ("--best", "0", "must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("gpus", ["8", "8..32"])
+def test_numbers_that_nothing_has_are_refused(
+    gpus: str, option: str, value: str, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "coatnet0-in1k-224", "--gpus", gpus, "--gpu", "h100", f"{option}={value}"]) == 76
+    words = capsys.readouterr().err
+    assert words.startswith(f"coatnet: {option.removeprefix('--') if '.' in option else option} = ")
+    assert f"{float(value):g}" in words
+    assert rule in words
+
+
+@pytest.mark.parametrize(("gpus", "nodes", "size"), [("1", [], 8), ("2,4", [], 8), ("8", ["--nodes", "2"], 4)])
+def test_the_smallest_cluster_is_of_machines_as_they_are_sold(
+    gpus: str, nodes: list[str], size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "coatnet7-jft3b-224", "--gpus", gpus, "--gpu", "a10", "--model.resolution", "512", *nodes]
+    assert main(words) == 76
+    assert f"devices that would: 16 x a10 ({16 // size} machines of {size}, 400 Gb/s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "counts"), [("8", [8]), ("64,8,8", [8, 64]), ("8..64", [8, 16, 32, 64]), ("3..20", [3, 6, 12])]
 )
 def test_numbers_of_devices(words: str, counts: list[int]) -> None:

@@ -1,12 +1,14 @@
 """Scale studies: efficiencies, the knee, their table and their picture."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
 
 from configs.errors import InputError
-from trainer.planning import answer, scale
+from trainer.cost.ledger import U_REF
+from trainer.planning import answer, scale, table
 from trainer.planning.data_set import Size
 from trainer.planning.scale import DEARER, Study
 
@@ -53,6 +55,27 @@ def test_numbers_at_which_nothing_fits_are_said_and_not_counted() -> None:
     assert given.points[1].efficiency == 1.0  # the fewest that fit
     with pytest.raises(InputError, match="no layout fits a10 at any of 1 devices"):
         scale.study(planner, answer.job_of(planner.run, SIZE), (1,))
+
+
+def test_both_tables_show_both_equivalents_and_say_what_they_are(found: Study) -> None:
+    planner = planner_of("coatnet4-in21k-224", 64, SIZE.classes)
+    job = answer.job_of(planner.run, SIZE)
+    plan = answer.answer(planner, job)
+    point = next(point for point in found.points if point.devices == 64)
+    assert point.best is not None
+    ledger = point.best[1].ledger
+    assert ledger.core_days_device is not None
+    assert ledger.mfu is not None
+    assert ledger.core_days_flops / ledger.core_days_device == pytest.approx(ledger.mfu / U_REF)
+    for shown in (scale.text(found), table.text(plan, job, SIZE, "assumed")):
+        lines = shown.splitlines()
+        assert re.search(f"{ledger.core_days_flops:,.4g} +{ledger.core_days_device:,.4g} ", shown)  # E_flop, E_dev
+        assert any(re.search(r"device-hours +E_flop +E_dev +MWh", line) for line in lines)
+        assert any(line.startswith("E_flop: TPUv3-core-days by FLOPs") for line in lines)
+        assert any(line.startswith("E_dev:  TPUv3-core-days by device time") for line in lines)
+    row = next(row for row in scale.document(found)["points"] if row["devices"] == 64)
+    assert row["tpu_v3_core_days_flops"] == ledger.core_days_flops
+    assert row["tpu_v3_core_days_device"] == ledger.core_days_device
 
 
 def test_table_document_and_picture(found: Study) -> None:
