@@ -237,7 +237,7 @@ def steps(stepped: Sequence[Stepped], kernels_of: Mapping[int, float], start: Ra
     if all(one.work.share.replicas == 1 for one in stepped):  # nobody sent anything
         return found
     wire, latency = _wire(stepped, start)
-    return replace(found, wire=wire, latency=latency, measured=(*found.measured, "wire"))
+    return replace(found, wire=wire, latency=latency, measured=(*found.measured, "wire", "latency"))
 
 
 def _wire(stepped: Sequence[Stepped], start: Rates) -> tuple[float, float]:

@@ -1,10 +1,11 @@
 """How fast a device really is at each kind of work: assumed from its data sheet, or measured and kept. No torch.
 
-`coatnet bench step` measures and writes ~/.config/coatnet/rates/DEVICE-DTYPE-STYLE-RANKS.json; whatever it did not
-measure stays assumed, and is shown as that. The assumptions are shares of the data sheet: 0.80 of the peak for large
-products and 0.90 of the bandwidth (both measured by others on an H100: 798 TFLOP/s, 3.0 TB/s), attention kernels at
-0.12 (explicit), 0.18 (SDPA with a bias) and 0.35 (FlexAttention) of the peak, 0.80 of links and networks, and 0.70 for
-all that a sum of kernels leaves out. None of them was measured with this trainer on a GPU yet.
+`coatnet bench step` measures and writes ~/.config/coatnet/rates/DEVICE-DTYPE-STYLE-ATTENTION-RANKS.json; whatever it
+did not measure stays assumed, and is shown as that. The assumptions are shares of the data sheet: 0.80 of the peak for
+large products and 0.90 of the bandwidth (both measured by others on an H100: 798 TFLOP/s, 3.0 TB/s), attention kernels
+at 0.12 (explicit), 0.18 (SDPA with a bias) and 0.35 (FlexAttention) of the peak, 0.80 of links and networks. `SHARE` is
+what a sum of such kernels comes to: eager blocks of CoAtNet-0 and -3 took an H200 2.1 and 1.9 times as long as that sum
+(record planner-cuda); of compiled ones nobody measured any.
 """
 
 import json
@@ -26,6 +27,9 @@ PRODUCTS: dict[Attention, float] = {"explicit": 0.12, "sdpa": 0.18, "flex": 0.35
 HOOKS = (1e-5, 3e-5, 4e-5, 1e-4)
 COPIES = (12.0, 12.0, 28.0, 32.0)
 SETTLING = (28.0, 32.0, 12.0, 8.0)
+SHARE: dict[Style, float] = {"eager": 0.5, "compiled": 0.7, "bound": 1.0}
+# Seconds of a GPU's host for a kernel: assumed, where a slow one took 4.3e-5 with its eager kernels.
+LAUNCH: dict[Style, float] = {"eager": 2e-5, "compiled": 5e-6, "bound": 0.0}
 STEP = 2e-3  # seconds of a GPU's host at the end of a step; assumed
 CORE_FLOPS = 1e11  # assumed of a processor's core
 DISK = 5e9  # bytes/s of a local NVMe disk
@@ -36,6 +40,7 @@ class Rates:
     """Of one device, dtype and style of computing.
 
     Attributes:
+        attention: the form in which it was computed.
         ranks: processes that shared the machine, which matters on a processor.
         forward, backward: by kind of work: FLOP/s of those in `MATH`, bytes/s of the others.
         call: seconds of a kernel whatever it does.
@@ -60,6 +65,7 @@ class Rates:
     device: str
     dtype: Dtype
     style: Style
+    attention: str
     ranks: int
     forward: Mapping[Work, float]
     backward: Mapping[Work, float]
@@ -84,14 +90,14 @@ class Rates:
     @property
     def name(self) -> str:
         """Of the file that keeps them."""
-        return f"{self.device}-{self.dtype}-{self.style}-{self.ranks}.json"
+        return f"{self.device}-{self.dtype}-{self.style}-{self.attention}-{self.ranks}.json"
 
     @property
     def origin(self) -> str:
         """Where they come from, for people."""
         if not self.measured:
             return "assumed from the data sheet; `coatnet bench step` on such a device measures them"
-        left = [name for name in _FITTED if name not in self.measured]
+        left = [name for name in _FITTED if name not in self.measured and getattr(self, name)]
         return "measured" + (f"; assumed: {', '.join(left)}" if left else "")
 
     def write(self, folder: Path) -> Path:
@@ -103,7 +109,9 @@ class Rates:
         return aside.replace(path)
 
 
-_FITTED = ("forward", "backward", "update", "hooks", "copies", "settling", "wire", "network", "host")
+# Those that a measurement could replace; `latency` comes with `wire`, `hop` with `network`, `call` with the blocks.
+_FITTED = ("forward", "backward", "launch", "step", "update", "hooks", "copies", "settling", "wire", "latency",
+           "network", "hop", "host", "disk", "overlap")  # fmt: skip
 
 
 def assumed(device: Device, dtype: Dtype, style: Style, ranks: int, attention: Attention, nic: float) -> Rates:
@@ -123,12 +131,12 @@ def assumed(device: Device, dtype: Dtype, style: Style, ranks: int, attention: A
     each: dict[Work, float] = dict.fromkeys(WORKS, 0.9 * device.bandwidth)
     each |= {"matrix": matrix, "window": matrix / 2, "product": PRODUCTS[form] * peak}
     return Rates(
-        device=device.name, dtype=dtype, style=style, ranks=ranks, forward=each, backward=each,
-        call=2e-6, launch=0.0 if on_host else 5e-6, step=0.0 if on_host else STEP,
+        device=device.name, dtype=dtype, style=style, attention=form, ranks=ranks, forward=each, backward=each,
+        call=2e-6, launch=0.0 if on_host else LAUNCH[style], step=0.0 if on_host else STEP,
         update=0.9 * device.bandwidth,
         hooks=HOOKS, copies=COPIES, settling=SETTLING, wire=0.8 * device.link, network=0.8 * nic,
         latency=25e-6, hop=5e-6, host=0.8 * device.host, disk=DISK, overlap=0.0 if on_host else 0.6,
-        share=0.9 if on_host else 0.7,
+        share=0.9 if on_host else SHARE[style],
     )  # fmt: skip
 
 

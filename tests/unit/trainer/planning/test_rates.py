@@ -36,10 +36,14 @@ def test_measured_rates_replace_them(tmp_path: Path) -> None:
     assert rates.of(*asked, tmp_path) == assumed(*asked)
     measured = replace(plain(), call=1e-3, measured=("forward", "backward"))
     path = measured.write(tmp_path)
-    assert path.name == "h100-bf16-eager-0.json"
+    assert path.name == "h100-bf16-eager-sdpa-0.json"
     found = rates.of(*asked, tmp_path)
     assert found == replace(measured, network=0.8 * 25e9)  # the network was not measured, and is what the caller says
-    assert found.origin.startswith("measured; assumed: update")
+    left = "launch, step, update, hooks, copies, settling, wire, latency, network, hop, host, disk, overlap"
+    assert found.origin == f"measured; assumed: {left}"
+    other: tuple[devices.Device, Dtype, Style, int, Attention, float] = (H100, "bf16", "eager", 0, "flex", 25e9)
+    assert rates.of(*other, tmp_path) == assumed(*other)  # another kernel's rates say nothing of this one
+    assert rates.of(H100, "bf16", "eager", 0, "sdpa", 25e9, tmp_path) == found  # which is what "auto" was
     assert rates.of(H100, "fp32", "eager", 0, "auto", 25e9, tmp_path) == assumed(H100, "fp32", "eager", 0, "auto", 25e9)
 
 
