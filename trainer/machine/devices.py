@@ -95,11 +95,12 @@ def peak_of(name: str) -> float | None:
 
 
 def processor(ranks: int) -> Device:
-    """This machine's processor, of which each of `ranks` processes has a share."""
+    """This machine's processor, of which each of `ranks` processes has a share; its memory is the host's."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
     cores = len(os.sched_getaffinity(0)) / ranks
+    bandwidth = 10e9 * cores
     return Device(
-        "cpu", "cpu", None, memory, 10e9 * cores, 2e9, memory, CORE_WATTS * cores, ranks,
+        "cpu", "cpu", None, memory, bandwidth, 2e9, bandwidth, CORE_WATTS * cores, ranks,
         "this machine's memory and cores; its speed is assumed until `coatnet bench step` has measured it",
     )  # fmt: skip
 
