@@ -131,11 +131,12 @@ def of_this_machine(device: Device) -> Device:
 
 
 def processor(ranks: int) -> Device:
-    """This machine's processor, of which each of `ranks` processes has a share."""
+    """This machine's processor, of which each of `ranks` processes has a share; its memory is the host's."""
     whole = float(memory_here())
     memory, cores = whole / ranks, len(os.sched_getaffinity(0)) / ranks
+    bandwidth = 10e9 * cores
     return Device(
-        "cpu", "cpu", None, memory, 10e9 * cores, 2e9, memory, CORE_WATTS * cores, ranks, whole,
+        "cpu", "cpu", None, memory, bandwidth, 2e9, bandwidth, CORE_WATTS * cores, ranks, whole,
         "this machine's memory and cores; its speed is assumed until `coatnet bench step` has measured it",
     )  # fmt: skip
 

@@ -113,7 +113,9 @@ def seconds(one: Candidate) -> str:
     shown = ", ".join(
         f"{name} {value / time.total:.0%}" for name, value in named.items() if value / time.total >= 0.005
     )
-    hidden = f"; {1 - time.exposed / time.traffic:.0%} of the traffic is hidden" if time.traffic > 0 else ""
+    # The end of a step is that of the stage whose end is longest; all traffic is that of the stage that decides.
+    share_hidden = max(0.0, 1 - time.exposed / time.traffic) if time.traffic > 0 else 0.0
+    hidden = f"; {share_hidden:.0%} of the traffic is hidden" if time.traffic > 0 else ""
     return f"the step of 1: {shown}{hidden}"
 
 

@@ -65,8 +65,8 @@ class Facts:
 
     @property
     def step(self) -> int:
-        """Updates that the run has, as far as is written down."""
-        return max((line.step for line in self.lines[-3:]), default=0)
+        """Updates that the run has, by the last line written down: a rollback takes some back."""
+        return self.lines[-1].step if self.lines else 0
 
     def hours(self, when: float) -> float:
         """Hours since the first start."""

@@ -182,6 +182,15 @@ def test_the_table_and_the_document_say_the_same(five: tuple[Planner, Answer]) -
     assert max(map(len, shown.splitlines())) < 180
 
 
+def test_no_share_of_the_traffic_is_below_nothing(five: tuple[Planner, Answer]) -> None:
+    """Where another stage's end is longer than all traffic of the one that decides, nothing of that is hidden."""
+    best, _ = five[1].best[0]
+    assert best.time is not None
+    time = replace(best.time, exposed=3.0, traffic=2.0)
+    assert table.seconds(replace(best, time=time)).endswith("; 0% of the traffic is hidden")
+    assert table.seconds(replace(best, time=replace(time, exposed=0.5))).endswith("; 75% of the traffic is hidden")
+
+
 def test_compiled_code_counts_where_its_speed_is_known_as_well_as_eager_code() -> None:
     run = resolve.load("coatnet5-jft300m-224")
     machines, both = machines_of(8), rates_of()

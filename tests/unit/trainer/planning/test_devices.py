@@ -43,6 +43,7 @@ def test_a_driver_names_a_row(driver: str, name: str | None) -> None:
 
 def test_a_processor_is_shared_out() -> None:
     one, two = devices.named("cpu", 1), devices.named("cpu", 2)
+    assert one.host == one.bandwidth == 2 * two.host  # bytes/s: its memory is the host's
     assert one.on_host
     assert one.peak is None
     assert (one.memory, one.watts) == (2 * two.memory, 2 * two.watts)

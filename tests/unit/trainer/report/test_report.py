@@ -91,6 +91,15 @@ def test_what_was_made_again_is_shown_as_it_came_out_last(folder: Path) -> None:
     assert sum(value != value for _, value in hours) == 1  # a gap between the attempts
 
 
+def test_a_rollback_takes_steps_back(folder: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    shutil.copytree(folder, back)
+    with (back / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 210, "time": story.step_time(310, True), "train/loss": 1.0}) + "\n")
+    assert gather.facts(folder).step == 300
+    assert gather.facts(back).step == 210
+
+
 def test_marks_are_where_things_happened(folder: Path) -> None:
     marks = sections.happenings(gather.facts(folder))
     assert [(mark.letter, mark.fault) for mark in marks] == [
