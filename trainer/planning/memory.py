@@ -25,7 +25,7 @@ FIXED = {
 # CoAtNet-0 and -1 in the record `planner-cpu`, which has other networks too. Two ranks of one run that do the same
 # differ by up to a fifth.
 HEAP, HEAP_OF_WEIGHTS = (144e6, 188e6, 123e6, 131e6), (1.17, 2.25, 2.52, 1.55)
-# On a GPU, of the largest block's activations: gradients of maps on their way, scratch. Assumed; within 10 % for the nine
+# On a GPU, of the largest block's activations: gradients of maps on their way, scratch. Assumed; within 10 % for nine
 # layouts of CoAtNet-0 to -5 in the record `planner-cuda`.
 MAPS = 0.4
 
