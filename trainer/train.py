@@ -128,9 +128,9 @@ def prepare(run: Run, member: cluster.Member, clock: goodput.Clock, beats: pulse
 
 
 def foretold(session: Session) -> dict[str, Any]:
-    """What the planner says of this layout: a rank's bytes at its peak, seconds of a step where it knows the device."""
+    """What the planner says of this layout: this rank's bytes at its peak, seconds of a step if it knows the device."""
     run, member, plan = session.run, session.member, session.engine.layout
-    predicted = fit.estimate(run, plan, session.dataset.classes)
+    predicted = fit.estimate(run, plan, session.dataset.classes, member.stage)
     found = {"bytes": predicted.total, **asdict(predicted)}
     machines = beside.machines_of(member.device_name, member.world, cluster.local_world())
     if machines is not None:

@@ -76,16 +76,18 @@ class Profile:
         self._steps: dict[int, tuple[float, float]] = {}  # by the clock, and that this thread had a core
         self._call = engine.blocks
         self._profiler: Any = None
+        self._tracing = self._finished = False
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the optimizer step of this number."""
-        if not self.first <= number <= self.last:
+        """Around the optimizer step of this number. A run that goes on among these steps looks into what is left."""
+        if self._finished or not self.first <= number <= self.last:
             yield
             return
-        if number == self.first:
+        if not self._steps:
             self._engine.blocks = self._times.around(self._call)
-        if number == self._traced_from:
+        if number >= self._traced_from and not self._tracing:
+            self._tracing = True
             self._peak = peak_bytes(self._engine.member.device)
             self._begin_trace()
         began, busy = time.perf_counter(), time.thread_time()
@@ -94,8 +96,7 @@ class Profile:
             torch.cuda.synchronize()
         self._steps[number] = time.perf_counter() - began, time.thread_time() - busy
         seconds = self._times.take()
-        if number < self._traced_from or self._traced_from == self.first:  # of few steps the traced ones must do
-            self._seconds[number] = seconds
+        self._seconds[number] = seconds
         if number == self.last:
             self._end_trace()
             self._finish()
@@ -138,11 +139,13 @@ class Profile:
 
     def _finish(self) -> None:
         """Write what was measured, and go out of the way."""
+        self._finished = True
         self._engine.blocks = self._call
         self._times.close()
         if not self._seconds:
             return
-        engine, steps = self._engine, list(self._seconds.values())
+        plain = [seconds for number, seconds in self._seconds.items() if number < self._traced_from]
+        engine, steps = self._engine, plain or list(self._seconds.values())  # of few steps the traced ones must do
         passes = engine.layout.accumulation
         blocks = {name: [median(step[name][way] for step in steps) / passes for way in (0, 1)] for name in steps[0]}
         member = engine.member

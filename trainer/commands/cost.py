@@ -25,7 +25,7 @@ RUN            a run folder, or a file that `coatnet cost RUN --json` printed
 --against ROW  a row of the paper's table 5; else that of the run's own model. Rows:
                {", ".join(list(paper.ROWS)[:4])},
                {", ".join(list(paper.ROWS)[4:])}
---json         facts and figures for programs; every figure follows from the facts"""
+--json         one list with the facts and figures of every run, for programs; each figure follows from the facts"""
 
 
 def cost_command(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def cost_command(arguments: list[str]) -> int:
     parser.add_argument("--against", default="")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_strict(arguments)
-    bills = [bill.of_path(path) for path in options.runs]
+    bills = bill.of_paths(options.runs)
     beside = [bill.against(one, options.against) for one in bills]
     if options.json:
         print(json.dumps([bill.document(*pair) for pair in zip(bills, beside, strict=True)], indent=1))

@@ -5,6 +5,7 @@ with the network's name. `coatnet cost` takes such a document as well as a run f
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,23 @@ class Bill:
         }
 
 
-def of_path(path: Path) -> Bill:
-    """The bill of a run folder, or of a document that `coatnet cost --json` printed.
+def of_paths(paths: Sequence[Path]) -> list[Bill]:
+    """The bills of run folders, and of documents that `coatnet cost --json` printed, which may have several.
 
     Raises:
-        InputError: it is neither, or the run has not begun.
+        InputError: see `of_path`.
+    """
+    return [found for path in paths for found in (_of_document(path) if path.is_file() else [of_path(path)])]
+
+
+def of_path(path: Path) -> Bill:
+    """The bill of a run folder.
+
+    Raises:
+        InputError: it is none, or the run has not begun.
     """
     if not path.exists():
         raise InputError(f"{path}: no run folder and no file; `coatnet train` makes run folders under runs/")
-    if path.is_file():
-        return _of_document(path)
     run = resolve.recorded(path / "run.json")
     last = goodput.last_line(path / "events" / goodput.FILE)
     if last is None or "multiply_adds" not in last.get("ledger", {}):
@@ -86,26 +94,33 @@ def of_path(path: Path) -> Bill:
     return Bill(path.resolve().name, run.model.name, run.model.resolution, ledger, seconds, book.attempts, run.recipe)
 
 
-def _of_document(path: Path) -> Bill:
-    """The bill in a JSON file.
+def _of_document(path: Path) -> list[Bill]:
+    """The bills in a JSON file.
 
     Raises:
         InputError: it is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, list) and len(found) == 1:
-            found = found[0]
-        facts = found.get("facts", found)
-        if facts["format"] != FORMAT:
-            raise InputError(f"{path}: has format {facts['format']}, this program reads {FORMAT}")
-        seconds = {name: float(facts["seconds"][name]) for name in CLASSES}
-        place = (str(facts["name"]), str(facts["model"]), int(facts["resolution"]))
-        return Bill(*place, of_state(facts["ledger"]), seconds, int(facts["attempts"]), str(facts["recipe"]))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        each = content if isinstance(content, list) else [content]
+        return [_of_facts(found.get("facts", found), path) for found in each]
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a document of `coatnet cost --json` ({error!r})") from None
+
+
+def _of_facts(facts: dict[str, Any], path: Path) -> Bill:
+    """The bill that follows from the facts of a document.
+
+    Raises:
+        InputError: they are of another format.
+    """
+    if facts["format"] != FORMAT:
+        raise InputError(f"{path}: has format {facts['format']}, this program reads {FORMAT}")
+    seconds = {name: float(facts["seconds"][name]) for name in CLASSES}
+    place = (str(facts["name"]), str(facts["model"]), int(facts["resolution"]))
+    return Bill(*place, of_state(facts["ledger"]), seconds, int(facts["attempts"]), str(facts["recipe"]))
 
 
 def against(bill: Bill, name: str = "") -> Row | None:

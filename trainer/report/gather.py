@@ -20,6 +20,7 @@ from trainer.tracking import data_card, track
 from trainer.tracking.destination import SYSTEM, Line, Mark, unread
 
 HOUR = 3600.0
+STOPPED = 75  # exit code of ranks that were asked to stop and have saved
 SILENT = 120.0  # seconds without a word after which a run that has not ended counts as broken off
 Points = list[tuple[float, float]]
 OWN = ("name", "runs", "recipe")  # settings in which every run differs from its recipe
@@ -31,7 +32,7 @@ class Facts:
 
     Attributes:
         lines: of metrics.jsonl, all attempts' in the order of time.
-        events: the first rank's.
+        events: the first rank's and the supervisor's, in the order of time.
         bill: None where nothing was held yet.
         data: of `trainer.tracking.data_card`; None in folders of older releases.
         scores: of the last evaluation, with its step.
@@ -166,7 +167,7 @@ def facts(folder: Path) -> Facts:
             folder=folder,
             run=resolve.recorded(folder / "run.json"),
             lines=unread(folder / "metrics.jsonl", Mark())[0],
-            events=track.events(folder),
+            events=sorted([*track.events(folder), *supervised(folder)], key=lambda event: float(event["time"])),
             bill=_bill(folder),
             data=data_card.read(folder),
             environment=_json(folder / "environment.json") or {},
@@ -180,6 +181,16 @@ def facts(folder: Path) -> Facts:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder}: cannot be read as a run's folder: {error!r}") from error
+
+
+def supervised(folder: Path) -> list[dict[str, Any]]:
+    """The events of the supervisor that started the ranks, without its plain endings."""
+    return [event for event in _whole(folder / "events" / "agent.jsonl") if not _plain_end(event)]
+
+
+def _plain_end(event: dict[str, Any]) -> bool:
+    """Whether a try ended as it should: done, or stopped on request."""
+    return event.get("event") == "ended" and event.get("code") in (0, STOPPED) and not event.get("hung")
 
 
 def _whole(path: Path) -> list[Any]:

@@ -24,8 +24,11 @@ HAPPENINGS = {  # events that the charts over time show: a letter, and what it m
     "damage": ("d", "damaged samples"),
     "stop": ("E", "stopped on request"),
     "diverged": ("X", "diverged"),
+    "ended": ("C", "the ranks ended before they should"),
+    "hung": ("H", "the ranks hung"),
+    "preflight": ("N", "nodes were not fit"),
 }
-FAULTS = ("resume", "save_failed", "rollback", "diverged")
+FAULTS = ("resume", "save_failed", "rollback", "diverged", "ended", "hung", "preflight")
 STATES = {
     "states": "states: weights, gradients, moments",
     "activations": "activations",
@@ -159,8 +162,13 @@ def happenings(facts: Facts) -> list[Mark]:
     for event in facts.of_kind(*HAPPENINGS):
         kind = str(event["event"])
         letter, what = HAPPENINGS[kind]
-        more = {"guard": f": {event.get('of')}, {event.get('action')}", "save_failed": f": {event.get('reason')}"}
-        text = f"{what} at step {event.get('step', '?')}{more.get(kind, '')}"
+        more = {
+            "guard": f": {event.get('of')}, {event.get('action')}", "save_failed": f": {event.get('reason')}",
+            "ended": f": exit code {event.get('code')}", "hung": f": {event.get('named') or event.get('why')}",
+            "preflight": f": {', '.join(event.get('bad', ()))}",
+        }  # fmt: skip
+        at = f" at step {event['step']}" if "step" in event else ""
+        text = f"{what}{at}{more.get(kind, '')}"
         found.append(Mark(facts.hours(float(event["time"])), letter, text, kind in FAULTS))
     starts = facts.of_kind("start")[1:]
     return found + [Mark(facts.hours(float(event["time"])), "R", "starts again from nothing", True) for event in starts]
@@ -206,10 +214,11 @@ def cost(facts: Facts) -> Html:
 
 
 def predicted(facts: Facts) -> Html:
-    """What was foretold at the last start, beside what was measured."""
+    """What was foretold of the first rank at the last start, beside what was measured since then."""
     told = facts.of_kind("predicted")
     if not told:
         return Html("")
+    facts = replace(facts, lines=[line for line in facts.lines if line.time >= float(told[-1]["time"])])
     rows = [(name, *_pair(facts, told[-1], key)) for name, key in (("memory of a rank at its peak", "memory"),
                                                                   ("seconds a step", "step"))]  # fmt: skip
     parts = [(name, f"{told[-1][key] / 1e9:.3g} GB") for key, name in STATES.items() if told[-1].get(key)]
@@ -217,6 +226,7 @@ def predicted(facts: Facts) -> Html:
         "Predicted and measured",
         card(
             "",
+            paragraph("Of the first rank, since the last start.", "soft"),
             table(("", "predicted", "measured", "measured over predicted"), [row for row in rows if row[1]], (1, 2, 3)),
             fold("what the prediction is made of", pairs(parts)),
         ),
@@ -226,8 +236,10 @@ def predicted(facts: Facts) -> Html:
 def _pair(facts: Facts, told: dict[str, float], what: str) -> tuple[str, str, str]:
     """Predicted, measured and their ratio; empty where nothing was predicted."""
     if what == "memory":
-        expected, measured = told.get("bytes"), max((line.values.get("memory/peak_bytes", 0) for line in facts.lines),
-                                                    default=0)  # fmt: skip
+        on_cpu = all(event["device"] == "cpu" for event in facts.of_kind("start", "resume")[-1:])
+        # On a GPU torch's allocator is asked, which knows nothing of libraries.
+        expected: float | None = told.get("bytes", 0) - (0 if on_cpu else told.get("libraries", 0))
+        measured = max((line.values.get("memory/peak_bytes", 0) for line in facts.lines), default=0)
         unit, form = 1e9, "{:.3g} GB"
     else:
         rate = facts.typical("perf/images_per_second")

@@ -1,6 +1,8 @@
 """`--profile`: what real ranks write about some of their steps, and what is made of a trace's allocations."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from configs.errors import InputError
 from configs.schema import Run
 from trainer.bench import allocations, profiling
 from trainer.bench import step as bench_step
+from trainer.launch import rank_environment, with_rooms
 from trainer.stages import partition
 
 FIRST, LAST = 2, 6
@@ -112,3 +115,27 @@ def test_allocations_are_added_up_to_their_peak(tmp_path: Path) -> None:
     assert found["allocated_peak_bytes"] == 150
     assert found["alive_then"] == {"outer > inner": 150}
     assert found["allocations"] == 6
+
+
+def test_a_run_that_goes_on_among_the_steps_profiles_those_that_are_left(tmp_path: Path) -> None:
+    """As after a resume: the window begins before the first step that this process makes."""
+    run = resolve.load("demo-digits")
+    run = replace(
+        run, model=replace(run.model, resolution=32), cluster=replace(run.cluster, device="cpu"),
+        parallel=replace(run.parallel, micro_batch=4),
+    )  # fmt: skip
+    run = replace(bench_step.training(run, 1, 4, 4), profile="1:4", steps=5)
+    script = (
+        "import sys; from trainer.bench import profiling; profiling.wanted = lambda run: (-2, 3); "
+        "from trainer import train; train.main(sys.argv[1:])"
+    )
+
+    def start(words: list[str], world: int, logs: Path, port: int, on_cpu: bool) -> int:
+        environment = rank_environment(world, port, on_cpu, with_rooms()) | {"RANK": "0", "LOCAL_RANK": "0"}
+        return subprocess.run([sys.executable, "-c", script, words[-1]], env=environment, check=False).returncode
+
+    found = bench_step.observe(run, tmp_path / "profiled", start=start)
+    assert list(found.ranks[0]["steps"]) == ["1", "2", "3"]
+    assert found.ranks[0]["traced"] == [2, 3]
+    assert all(seconds > 0 for pair in found.ranks[0]["blocks"].values() for seconds in pair)
+    assert (folder_of(found) / "trace-rank-00000.json").exists()

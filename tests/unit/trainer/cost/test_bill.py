@@ -74,6 +74,17 @@ def test_the_table_says_it_all(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "30,000" in capsys.readouterr().out
 
 
+def test_a_list_of_several_is_read_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cost_command([str(folder), str(folder), "--json"])
+    (tmp_path / "two.json").write_text(printed := capsys.readouterr().out)
+    assert len(json.loads(printed)) == 2
+    cost_command([str(tmp_path / "two.json"), "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(printed)
+    (tmp_path / "two.json").write_text("[3]")
+    with pytest.raises(InputError, match="not a document"):
+        cost_command([str(tmp_path / "two.json")])
+
+
 def test_everything_follows_from_the_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cost_command([str(folder), "--json"])
     printed = capsys.readouterr().out

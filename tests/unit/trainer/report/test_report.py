@@ -109,6 +109,49 @@ def test_marks_are_where_things_happened(folder: Path) -> None:
     assert marks[5].text == "the guard spoke at step 250: spike, continue"
 
 
+def test_what_the_supervisor_saw_is_on_the_page(folder: Path, tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    shutil.copytree(folder, watched)
+    now = story.BEGAN + 400.0
+    seen: list[dict[str, object]] = [
+        {"event": "preflight", "bad": ["node3"], "said": {"node3": "no GPU"}},
+        {"event": "hung", "why": "no step for 60 s", "ranks": [2], "named": "rank 2 on node2 is in loader.next"},
+        {"event": "ended", "code": 1, "hung": "", "step": 60, "saved": 50},
+        {"event": "ended", "code": 75, "hung": "", "step": 60, "saved": 60},
+        {"event": "ended", "code": 0, "hung": "", "step": 300, "saved": 300},
+    ]
+    lines = [json.dumps({"time": now + number, **event}) for number, event in enumerate(seen)]
+    (watched / "events" / "agent.jsonl").write_text("\n".join(lines) + '\n{"time": 3, "ev')
+    marks = [mark for mark in sections.happenings(gather.facts(watched)) if mark.letter in "NHC"]
+    assert [mark.text for mark in marks] == [
+        "nodes were not fit: node3", "the ranks hung: rank 2 on node2 is in loader.next",
+        "the ranks ended before they should at step 60: exit code 1",
+    ]  # fmt: skip
+    assert all(mark.fault for mark in marks)
+    assert [event["time"] for event in gather.facts(watched).events] == sorted(
+        event["time"] for event in gather.facts(watched).events
+    )
+
+
+def test_what_was_foretold_is_beside_what_the_same_start_measured(folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    (again / "events" / "rank-00000.jsonl").write_text("".join(
+        json.dumps({"time": time, "event": event, **more}) + "\n" for time, event, more in (
+            (100.0, "start", {"world": 8, "device": "NVIDIA H100"}), (100.0, "predicted", {"bytes": 9e9}),
+            (200.0, "resume", {"world": 4, "device": "NVIDIA H100"}),
+            (200.0, "predicted", {"bytes": 12e9, "libraries": 2e9, "step_seconds": 2.0}),
+        )
+    ))  # fmt: skip
+    (again / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, "time": time, "memory/peak_bytes": peak}) + "\n"
+        for step, time, peak in ((1, 150.0, 99e9), (2, 250.0, 5e9))
+    ))  # fmt: skip
+    told = str(sections.predicted(gather.facts(again)))
+    assert all(words in told for words in ("10 GB", "5 GB", "0.50"))
+    assert "99 GB" not in told
+
+
 def test_a_run_that_has_hardly_begun_has_a_page_too(folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
