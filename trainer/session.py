@@ -108,6 +108,11 @@ class Session:
         if self.log is not None:
             self.log.event(kind, step=self.step, **facts)
 
+    def trained(self, images: int) -> None:
+        """So many images more; the clock's next line has them, so that a crash then knows what it lost."""
+        self.ledger.images += images
+        self.clock.ledger["images"] = self.ledger.images
+
     def count_time(self) -> Book:
         """Bring the ledger's device time and energy up to now; returns the sums of wall time."""
         book = self.clock.now()

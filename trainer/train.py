@@ -208,7 +208,7 @@ def loop(session: Session, stop: StopFlag) -> int:
                 watched.enter_context(watcher.step(session.step))
             result = train_step(session.engine, batches, run, classes, rate, session.step, guard.gate(limits))
         guard.take(session.step, result, limits)
-        session.ledger.images += run.data.global_batch
+        session.trained(run.data.global_batch)
         session.meter.step(result.loss, result.healthy, result.waited)
         session.clock.stepped(session.step, result.waited)
         if session.pulse.step() == goodput.WARM:

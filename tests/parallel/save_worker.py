@@ -2,11 +2,13 @@
 
     pool.Job("save_worker", ("CASES.json", "OUT"), ...)
 
-The copy is made to begin late, so that all that a step changes would be in it if nothing waited.
+The copy is made to begin after the next step's passes, so that all that a step changes would be in it if nothing
+waited.
 """
 
 import json
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +29,8 @@ from trainer.state import checkpoint
 from trainer.state.host_memory import HostMemory
 from trainer.state.saver import Saver
 
-LATE = 1.0  # seconds; a step takes a tenth
+LATE = 0.3  # seconds after the passes, in which the update or the averages have to wait
+PATIENCE = 30.0  # seconds after which the copy begins though the passes are not over: then they wait for it
 
 
 def state(engine: Engine) -> dict[str, Tensor]:
@@ -64,7 +67,10 @@ def saved(case: dict[str, Any], base: cluster.Member, folder: Path) -> dict[str,
     update()
     wanted, copy = state(engine), HostMemory.copy
 
+    passed = threading.Event()
+
     def late(*arguments: Any) -> Any:
+        passed.wait(PATIENCE)
         time.sleep(LATE)
         return copy(*arguments)
 
@@ -72,6 +78,7 @@ def saved(case: dict[str, Any], base: cluster.Member, folder: Path) -> dict[str,
         saver.save(1, {}, engine.fragments(owned=True), engine.buffers(), last=False)
         engine.forward_backward(micros(engine, 1), LOSS)
         beside = saver.copying
+        passed.set()
         if case.get("evaluates"):
             with engine.averaged():
                 while saver.copying:  # does not happen; else the copy would be of the averages

@@ -37,4 +37,4 @@ def test_a_late_copy_is_of_its_own_step(name: str, answers: list[Answer]) -> Non
         assert found["same"]
         stall = found["stall"]
         assert isinstance(stall, float)
-        assert 0.0 < stall < LATE
+        assert stall > LATE / 2, "nothing waited for the copy"

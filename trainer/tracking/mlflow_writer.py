@@ -55,12 +55,20 @@ class MlflowWriter:
         found = mlflow_run.exists(self._client, self._run_id) or self._exchanged()
         if found is None:
             return
+        self._require_kept(found)
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def _require_kept(self, found: Any) -> None:
+        """Refuse an MLflow run that is deleted.
+
+        Raises:
+            RuntimeError: it is.
+        """
         if found.info.lifecycle_stage == "deleted":
             raise RuntimeError(
-                f"MLflow run {self._run_id} was deleted: restore it there, or delete "
-                f"{self._folder}/carried/mlflow.json to log the run anew"
+                f"MLflow run {self._run_id} was deleted: restore it there, then say `coatnet track sync "
+                f"{self._folder}`; or delete {self._folder}/carried/mlflow.json to log the run anew"
             )
-        self._client.update_run(self._run_id, status="RUNNING")
 
     def _exchanged(self) -> Any:
         """Put the position aside, which is that in another store, and take up the one in this store.
@@ -137,6 +145,7 @@ class MlflowWriter:
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
+            self._require_kept(self._client.get_run(self._run_id))  # which MLflow refuses with the same code
             if len(metrics) > 1:
                 half = len(metrics) // 2
                 self._log(metrics[:half])

@@ -165,6 +165,26 @@ def test_a_run_deleted_by_hand_is_not_written_to(make: Make) -> None:
         opened(run)
 
 
+def test_a_run_deleted_while_it_trains_loses_nothing_once_it_is_restored(make: Make) -> None:
+    run = make("deleted")
+    folder = Path(run.folder)
+    log = RunLog(folder)
+    log.metrics(1, {"loss": 1.0})
+    writer, position = opened(run)
+    writer.take(*unread(folder / "metrics.jsonl", writer.start))
+    client = MlflowClient(run.tracking.uri)
+    client.delete_run(position.own["run_id"])
+    log.metrics(2, {"loss": 0.5})
+    with pytest.raises(RuntimeError, match="then say `coatnet track sync"):
+        writer.take(*unread(folder / "metrics.jsonl", position.mark))
+    assert not (folder / "carried" / "mlflow-refused.jsonl").exists()
+    client.restore_run(position.own["run_id"])
+    again, position = opened(run)
+    again.take(*unread(folder / "metrics.jsonl", again.start))
+    history = client.get_metric_history(position.own["run_id"], "loss")
+    assert [(one.step, one.value) for one in history] == [(1, 1.0), (2, 0.5)]
+
+
 def test_each_store_has_its_own_position(make: Make, tmp_path: Path) -> None:
     run = make("two")
     folder = Path(run.folder)
